@@ -1,0 +1,159 @@
+"""Step-numbered checkpoints: save, find, verify, load, prune.
+
+`model_00250.pt` holds the weights after 250 updates with all that is needed to use them; `optim_00250.pt` holds what
+only resuming needs. The optimizer's half is written first, so a `model_*.pt` is there only when both are. Files
+hold tensors and plain Python values and are loaded with `weights_only=True`: a checkpoint never runs code.
+"""
+
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.atomic import atomic_write
+from gpt.config import GPTConfig
+from gpt.errors import UserError
+from gpt.model import GPT
+
+KEEP_OPTIMIZERS = 2  # an optimizer's state is twice the size of the weights; older ones are of no use
+
+
+def save(log_dir: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, *,
+         step: int, **about: Any) -> Path:
+    """Write `optim_<step>.pt` and `model_<step>.pt`, remove optimizer halves that are too old; the model's path.
+
+    about: see `save_model`.
+    """
+    log_dir = Path(log_dir)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    write(log_dir / f"optim_{step:05d}.pt", {"step": step, "optimizers": states, "scaler": scaler.state_dict()})
+    path = log_dir / f"model_{step:05d}.pt"
+    save_model(path, model, step=step, **about)
+    halves = sorted(log_dir.glob("optim_*.pt"), key=step_of)
+    for old in [half for half in halves if step_of(half) <= step][:-KEEP_OPTIMIZERS]:
+        old.unlink()
+    return path
+
+
+def save_model(path: Path, model: GPT, *, step: int, val_loss: float | None, tokenizer: str | None,
+               train_config: dict) -> None:
+    """Write the weights and all that is needed to use them to `path`.
+
+    val_loss: of this very model, in nats per token, or None where it was not measured. tokenizer: its name, or None.
+    """
+    write(path, {"model": model.state_dict(), "config": asdict(model.config), "step": step, "val_loss": val_loss,
+                 "tokenizer": tokenizer, "train_config": train_config})
+
+
+def write(path: Path, content: dict) -> None:
+    """Write a dictionary of tensors and plain values, atomically, with every tensor on the CPU."""
+    with atomic_write(path) as file:
+        torch.save(to_cpu(content), file)
+
+
+def to_cpu(value: Any) -> Any:
+    """`value` with every tensor in its dictionaries and lists copied to the CPU, so that it loads on any machine."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_cpu(item) for item in value)
+    return value
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint file, -1 if there is none."""
+    match = re.fullmatch(r"(?:model|optim)_(\d+)\.pt", path.name)
+    return int(match[1]) if match else -1
+
+
+def read(path: Path) -> dict:
+    """Load a file written by `write`, verified: `torch.load` alone does not check the checksums of its zip archive.
+
+    Raises UserError for a file that is missing, damaged, or not a dictionary of tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint {str(path)!r}: pass the path of a model_<step>.pt file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise UserError(f"checkpoint {path} is damaged (checksum of {broken}): use another one")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # what a hostile or truncated file raises is not to be foreseen
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path} is not one of ours: it holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def build_model(checkpoint: dict, **overrides: Any) -> GPT:
+    """The model of a checkpoint, sharing its tensors; `overrides` change the configuration (dropout, say)."""
+    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        model = GPT(replace(GPTConfig(**checkpoint["config"]), **overrides))
+    model.load_state_dict(checkpoint["model"], assign=True)
+    return model
+
+
+def load(path: str | Path) -> dict:
+    """The content of a `model_<step>.pt`, on the CPU.
+
+    Raises UserError for a file that is missing, damaged, or whose entries do not make a model.
+    """
+    checkpoint = read(Path(path))
+    missing = [key for key in ("model", "config", "step") if key not in checkpoint]
+    if missing:
+        found = ", ".join(map(str, list(checkpoint)[:8]))
+        raise UserError(f"checkpoint {path} is not one of ours: it has no {' and no '.join(missing)} (found: {found})")
+    try:
+        build_model(checkpoint)
+    except Exception as error:  # a configuration of anything, weights of any shape
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {path} does not make a model ({reason}): use another one") from None
+    return checkpoint
+
+
+def newest(log_dir: str | Path, report: Callable[[str], None],
+           resumable: bool = False) -> tuple[Path, dict, dict] | None:
+    """The newest complete checkpoint in `log_dir`: its path, its content, and the optimizer's half.
+
+    The optimizer's half is {} unless `resumable` asks for checkpoints that have it. A damaged file is named
+    through `report` and the next older one is tried. None if there are no checkpoints at all; UserError if there
+    are some and none is complete, so that nobody starts over by accident.
+    """
+    found = [path for path in Path(log_dir).glob("model_*.pt") if step_of(path) >= 0]
+    for path in sorted(found, key=step_of, reverse=True):
+        try:
+            half = path.with_name(path.name.replace("model", "optim"))
+            return path, load(path), read(half) if resumable else {}
+        except UserError as error:
+            report(f"skipping {path}: {error}")
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {str(log_dir)!r} can be used: pass another --log_dir")
+    return None
+
+
+def load_optimizers(optim: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
+    """Continue with the momenta of a checkpoint's optimizer half; learning rate, decay and betas stay as they are set.
+
+    Raises UserError where they belong to other optimizers.
+    """
+    try:
+        for optimizer, saved in zip(optimizers, optim["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+                raise ValueError("other groups of parameters")
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        if optim["scaler"]:
+            scaler.load_state_dict(optim["scaler"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the optimizer state of step {optim.get('step')} does not fit ({error}): pass the --optimizer "
+                        f"that the run began with, or start a new one with --init_from and another --log_dir") from None

@@ -1,0 +1,48 @@
+"""The shape of a GPT-2."""
+
+from dataclasses import dataclass
+
+from gpt.errors import UserError
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. The defaults are GPT-2 124M.
+
+    Raises UserError where a value cannot make a model.
+    """
+
+    block_size: int = 1024
+    """longest context the model has positions for, in tokens"""
+    vocab_size: int = 50257
+    """number of tokens the model knows"""
+    n_layer: int = 12
+    """number of blocks"""
+    n_head: int = 12
+    """attention heads in each block; must divide n_embd"""
+    n_embd: int = 768
+    """width: the size of each token's vector"""
+    dropout: float = 0.0
+    """share of activations zeroed in training"""
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("block_size", "vocab_size"):  # 0 in a run's settings: taken from seq_len and from the data
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: every head gets an equal "
+                            f"share of the width; change one of the two")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+
+
+# The four sizes that OpenAI released (Radford et al. 2019, table 2): GPTConfig(**SIZES["gpt2-medium"]).
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1.56B
+}

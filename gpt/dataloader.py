@@ -1,0 +1,131 @@
+"""DataLoaderLite: which tokens are in which batch, as a pure function of (seed, step)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt.errors import UserError
+from gpt.shards import find_shards, open_shard
+
+
+def shuffled(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(n) sends each `index` (1-D, values below n); int64.
+
+    A Feistel network (Luby and Rackoff 1988) permutes the numbers below the next power of four without a table, so
+    an order of ten billion windows costs no memory and no start-up time; numbers that land at n or above are sent
+    on until they fall below it ("cycle walking", Black and Rogaway 2002), which keeps it a permutation of range(n).
+    """
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    out = index.astype(np.uint64)
+    walking = np.ones(len(out), dtype=bool)
+    while walking.any():
+        left, right = out[walking] >> half, out[walking] & mask
+        for key in keys:  # mixing constants of splitmix64 (Steele et al. 2014)
+            mixed = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        out[walking] = (left << half) | right
+        walking = out >= n
+    return out.astype(np.int64)
+
+
+class DataLoaderLite:
+    """Batches of windows from the shards of one split.
+
+    A window is `seq_len` tokens with the next tokens as targets; every shard is cut into windows from its start.
+    Epoch e visits each window once in an order given by (seed, e). Step s takes the next
+    `total_batch_size / seq_len` windows, shared out over micro-steps and ranks, so the tokens of a step depend on
+    (seed, s) alone. `micro_batch` counts the batches that this rank has taken: setting it moves the loader.
+
+    Raises UserError for shards that are missing, unreadable or shorter than one window, for a batch that does not
+    divide, and, when they are read, for token ids outside the vocabulary.
+    """
+
+    def __init__(self, data_root: str | Path, split: str, *, micro_batch_size: int, seq_len: int, vocab_size: int,
+                 total_batch_size: int | None = None, seed: int = 1337, rank: int = 0, world_size: int = 1,
+                 device: str | torch.device = "cpu"):
+        self.micro_batch_size, self.seq_len, self.vocab_size, self.seed = micro_batch_size, seq_len, vocab_size, seed
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.grad_accum_steps = grad_accum_steps(total_batch_size, micro_batch_size, seq_len, world_size)
+        self.micro_batch = 0
+        self.paths = find_shards(data_root, split)
+        self.shards = [open_shard(path) for path in self.paths]
+        windows = [(len(shard) - 1) // seq_len for shard in self.shards]
+        for path, shard, count in zip(self.paths, self.shards, windows, strict=True):
+            if count < 1:
+                raise UserError(f"shard {path} has {len(shard)} tokens: one window needs seq_len + 1 = {seq_len + 1}; "
+                                f"lower --seq_len or prepare more text")
+        self.first_window = np.cumsum([0, *windows])  # (shards + 1,): global number of each shard's first window
+        self.n_windows = int(self.first_window[-1])
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next micro-batch of this rank: (x, y), each (B, T) int64 on the loader's device."""
+        micro_batches = self.micro_batch * self.world_size + self.rank  # all that come before it, on all ranks
+        position = micro_batches * self.micro_batch_size + np.arange(self.micro_batch_size)
+        self.micro_batch += 1
+        return self.read(self.window_at(position))
+
+    def window_at(self, position: np.ndarray) -> np.ndarray:
+        """The window at each position (B,) of the run's endless sequence of epochs."""
+        epoch, index = np.divmod(position, self.n_windows)
+        window = np.empty_like(index)
+        for e in np.unique(epoch):
+            window[epoch == e] = shuffled(index[epoch == e], self.n_windows, self.seed, int(e))
+        return window
+
+    def eval_batches(self, eval_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's share of the first `eval_tokens` tokens (at least one window), unshuffled, each window once.
+
+        Yields (x, y), each (at most B, T): the last batch may be smaller, and ranks may have different numbers of
+        batches, so losses must be weighted by `y.numel()` and summed over ranks.
+        """
+        count = min(max(eval_tokens // self.seq_len, 1), self.n_windows)
+        mine = np.arange(self.rank, count, self.world_size)
+        for start in range(0, len(mine), self.micro_batch_size):
+            yield self.read(mine[start:start + self.micro_batch_size])
+
+    def read(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of the given windows (B,) as (x, y), each (B, T) int64 on the loader's device."""
+        rows = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
+        for row, window in zip(rows, windows, strict=True):
+            shard = np.searchsorted(self.first_window, window, side="right") - 1
+            start = (window - self.first_window[shard]) * self.seq_len
+            row[:] = self.shards[shard][start:start + self.seq_len + 1]
+            if row.min() < 0 or row.max() >= self.vocab_size:
+                at = np.flatnonzero((row < 0) | (row >= self.vocab_size))[0]
+                raise UserError(f"shard {self.paths[shard]} has token id {row[at]} at position {start + at}: the "
+                                f"vocabulary ends at {self.vocab_size - 1}; was it made with another tokenizer?")
+        tokens = torch.from_numpy(rows)
+        if self.device.type == "cuda":  # a pinned buffer lets the copy overlap with the GPU's work
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        else:
+            tokens = tokens.to(self.device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def grad_accum_steps(total_batch_size: int | None, micro_batch_size: int, seq_len: int, world_size: int) -> int:
+    """Micro-steps per rank that make up a step of `total_batch_size` tokens (None: one micro-step).
+
+    Raises UserError where it is not a whole number, with values that would do.
+    """
+    for name, value in (("micro_batch_size", micro_batch_size), ("seq_len", seq_len),
+                        ("total_batch_size", total_batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    tokens = micro_batch_size * seq_len * world_size
+    if total_batch_size is None:
+        return 1
+    if total_batch_size % tokens:
+        below = total_batch_size // tokens * tokens
+        nearest = " or ".join(str(value) for value in (below, below + tokens) if value)
+        windows, rest = divmod(total_batch_size, seq_len * world_size)
+        fits = [] if rest else [b for b in range(min(micro_batch_size, windows), 0, -1) if windows % b == 0]
+        smaller = f", or --micro_batch_size {fits[0]}" if fits else ""
+        raise UserError(f"total_batch_size {total_batch_size} is not divisible by micro_batch_size x seq_len x "
+                        f"world_size = {micro_batch_size} x {seq_len} x {world_size} = {tokens}: "
+                        f"use --total_batch_size {nearest}{smaller}")
+    return total_batch_size // tokens

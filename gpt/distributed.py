@@ -1,0 +1,99 @@
+"""What torchrun tells this process: rank, world size, device; and the one all-reduce that training needs."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+
+from gpt.errors import UserError
+
+
+@dataclass
+class Distributed:
+    """This process's place in the run. Without torchrun: rank 0 of 1."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this is the process that prints and writes files."""
+        return self.rank == 0
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, on each of them; `values` themselves are left as they were."""
+        if self.world_size == 1:
+            return values
+        values = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(values)
+        return values
+
+    def check_same(self, value: int, what: str) -> None:
+        """Raise UserError unless `value` is the same on all ranks."""
+        if self.all_reduce_sum(torch.tensor([value])).item() != value * self.world_size:
+            raise UserError(f"rank {self.rank} of {self.world_size} has {value}, others differ, as {what}")
+
+
+def setup(device: str) -> Distributed:
+    """Choose this process's device and join the process group, if torchrun started several.
+
+    `device`: "auto" takes CUDA, else MPS, else the CPU; any other name is taken as PyTorch knows it. Several
+    processes talk over NCCL on CUDA and over gloo on the CPU. Raises UserError for a device that is not there.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = select_device(device)
+    if world_size > 1 and device == "auto" and chosen.type == "mps":
+        chosen = torch.device("cpu")
+    if world_size > 1:
+        if chosen.type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
+                                f"use --nproc_per_node={torch.cuda.device_count()}")
+            chosen = torch.device("cuda", local_rank)
+            torch.cuda.set_device(chosen)
+        elif chosen.type != "cpu":
+            raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
+        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Distributed(rank, local_rank, world_size, chosen)
+
+
+def cleanup() -> None:
+    """Leave the process group, at the end of a run that went well; after a failure it is torchrun that cleans up."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. Raises UserError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: expected auto, cuda, cuda:0, mps or cpu") from None
+    if not available.get(device.type, False):
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"device {name!r} is not available here: PyTorch {torch.__version__} sees {there}; "
+                        f"use --device auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not available here: there are {torch.cuda.device_count()} GPUs, "
+                        f"counted from cuda:0")
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """The number type of autocast: torch.float32 means that it is off.
+
+    "auto" takes bf16 on CUDA GPUs that have it (compute capability 8.0, Ampere, and newer), fp16 on older ones
+    (its small range needs a GradScaler), and float32 on the CPU and MPS.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

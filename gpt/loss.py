@@ -1,0 +1,60 @@
+"""Cross-entropy through the LM head without ever holding all logits."""
+
+import torch
+import torch.nn.functional as F
+
+# Rows of logits held at once on a CPU: 128 x 50,257 float32 are 26 MB, about what stays in a server's cache.
+CHUNK_ROWS = 128
+
+
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy, in nats per token, of the logits `x @ weight.T` against `targets`; a scalar.
+
+    x: (N, C) final activations, weight: (V, C) of the LM head, targets: (N,) int64 below V.
+
+    On a CPU in float32 the rows go through in chunks (`ChunkedLinearCrossEntropy`), about twice as fast at
+    V = 50,257; elsewhere and under autocast all logits are made and PyTorch's own kernels do the rest.
+    """
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return ChunkedLinearCrossEntropy.apply(x, weight, targets)
+    logits = F.linear(x, weight)  # (N, V)
+    return F.cross_entropy(logits.float(), targets)
+
+
+class ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Walk the rows in chunks and work out the gradients in the forward pass, while a chunk's logits are in cache.
+
+    The gradient of the mean loss with respect to the logits is (softmax(logits) - onehot(target)) / N, so a chunk's
+    share of both gradients is two matrix products, and nothing of size (N, V) is ever kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        N, V = x.shape[0], weight.shape[0]
+        need_grads = any(ctx.needs_input_grad)
+        grad_x = torch.empty_like(x) if need_grads else None
+        grad_weight = torch.zeros_like(weight) if need_grads else None
+        buffer = x.new_empty(min(CHUNK_ROWS, N), V)
+        loss = x.new_zeros((), dtype=torch.float64)
+        for start in range(0, N, CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            target = targets[rows, None]  # (n, 1)
+            logits = torch.mm(x[rows], weight.T, out=buffer[:len(target)])  # (n, V)
+            at_target = logits.gather(1, target)
+            largest = logits.amax(1, keepdim=True)
+            p = logits.sub_(largest).exp_()
+            total = p.sum(1, keepdim=True)
+            loss += (total.log() + largest - at_target).sum(dtype=torch.float64)
+            if need_grads:
+                p /= total * N
+                p.scatter_add_(1, target, p.new_full((len(target), 1), -1 / N))
+                torch.mm(p, weight, out=grad_x[rows])
+                grad_weight.addmm_(p.T, x[rows])
+        ctx.save_for_backward(grad_x, grad_weight)
+        return (loss / N).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_output, grad_weight * grad_output, None

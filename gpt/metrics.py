@@ -1,0 +1,89 @@
+"""A run's log: console lines, a progress bar on a terminal, and metrics.jsonl."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gpt.atomic import atomic_write
+
+
+class RunLog:
+    """Writes what happens in a run; on ranks other than 0 (`enabled` false) every method does nothing.
+
+    On a terminal a bar shows the newest loss, tokens per second and the time left; elsewhere every step is a line.
+    """
+
+    def __init__(self, log_dir: str | Path, enabled: bool):
+        self.path, self.enabled = Path(log_dir) / "metrics.jsonl", enabled
+        self.bar: tqdm | None = None
+
+    def start(self, step: int, max_steps: int) -> float:
+        """Open the log at `step`; the lowest validation loss so far, infinity in a new run.
+
+        What a killed run had logged beyond its last checkpoint is dropped: it is about to happen again.
+        """
+        best = float("inf")
+        if not self.enabled:
+            return best
+        records = [r for r in read_metrics(self.path) if r["step"] < step + (r["split"] == "val")]
+        with atomic_write(self.path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True)
+        return min((r["loss"] for r in records if r["split"] == "val"), default=best)
+
+    def print(self, text: str) -> None:
+        """A line on the console, above the bar if there is one."""
+        if self.enabled:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float,
+             batch_tokens: int, line: bool) -> None:
+        """Log the update with index `step`, of `batch_tokens` tokens: the loss is the one before the update."""
+        if not self.enabled:
+            return
+        tokens_per_s = batch_tokens / seconds
+        self._append({"step": step, "split": "train", "loss": loss, "lr": lr,
+                      "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16: a step that was skipped
+                      "tokens": (step + 1) * batch_tokens, "tokens_per_s": round(tokens_per_s, 1)})
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+        elif line:
+            self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | "
+                       f"grad norm: {grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f}")
+
+    def validation(self, *, step: int, loss: float) -> None:
+        """Log the validation loss, in nats per token, of the model after `step` updates."""
+        if self.enabled:
+            perplexity = math.exp(min(loss, 700))  # beyond that a float overflows
+            self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity})
+            self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _append(self, record: dict) -> None:
+        with open(self.path, "a") as file:  # opened each time: a line is on disk when the call returns
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The records of a metrics.jsonl, without lines that are broken (a killed run's last one)."""
+    records = []
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and {"step", "split", "loss"} <= record.keys():
+            records.append(record)
+    return records

@@ -1,0 +1,121 @@
+"""GPT-2 (Radford et al. 2019): the original GPT's decoder with the layer norms moved to the front of each block.
+
+State-dict names are GPT-2's own (wte, wpe, h.N.ln_1, h.N.attn.c_attn, …, ln_f) and every weight is stored as
+`nn.Linear` has it, (out, in), as in nanoGPT; Hugging Face's files hold the four matrices of a block transposed.
+The LM head is the token embedding itself, so it has no entry of its own.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gpt.config import GPTConfig
+from gpt.loss import linear_cross_entropy
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two layers, four times the width between them, with GPT-2's tanh form of GELU."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    `model(idx)` gives logits (B, T, vocab_size). `model(idx, targets)` gives the mean cross-entropy alone, in nats
+    per token: with targets the logits are never held as a whole (see gpt/loss.py), at 50,257 tokens they would be
+    the largest tensor by far.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.apply(self._init_weights)
+        # The residual stream adds up 2 * n_layer projections: scale them so that its variance does not grow with
+        # depth (Radford et al. 2019, section 2.3).
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, vocab_size) for token ids `idx` (B, T), or with `targets` (B, T) the loss, a scalar."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x)
+        return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
+
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        """The final activations (B, T, n_embd) for token ids `idx` (B, T).
+
+        Raises ValueError for more positions than block_size.
+        """
+        T = idx.shape[1]
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}: crop the context")
+        x = self.drop(self.wte(idx) + self.wpe.weight[:T])  # (B, T, C)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+    def lm_head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (…, vocab_size) for final activations `x` (…, n_embd), through the tied token embedding."""
+        return F.linear(x, self.wte.weight)
+
+    def num_parameters(self) -> int:
+        """Number of parameters, the tied token embedding counted once: 124,439,808 for GPT-2 124M."""
+        return sum(parameter.numel() for parameter in self.parameters())

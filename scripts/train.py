@@ -1,0 +1,318 @@
+"""Train a GPT-2 on token shards: python -m scripts.train, or torchrun --nproc_per_node=8 scripts/train.py"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+if not __package__:  # run as `torchrun scripts/train.py`: imports start at the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import tiktoken
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt import checkpoint, distributed
+from gpt.atomic import atomic_write
+from gpt.config import GPTConfig
+from gpt.dataloader import DataLoaderLite
+from gpt.errors import UserError
+from gpt.evaluation import evaluate
+from gpt.generation import generate
+from gpt.metrics import RunLog
+from gpt.model import GPT
+from gpt.optim import configure_optimizers, learning_rate
+from gpt.shards import read_meta
+from gpt.signals import StopSignal
+from gpt.tokenizer import get_tokenizer
+from scripts import command_line
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a run. The defaults train GPT-2 124M on Shakespeare."""
+
+    data_root: str = "shakespeare_data"
+    """folder with train_*.npy and val_*.npy"""
+    log_dir: str = "log"
+    """folder for checkpoints and metrics; a run found there is continued"""
+    init_from: str = "scratch"
+    """"scratch", or a checkpoint whose weights and shape a new run starts from"""
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
+    """shape of a new model; block_size 0: seq_len, vocab_size 0: as the data says"""
+
+    total_batch_size: int = 32768
+    """tokens in a step, over all micro-steps and processes"""
+    micro_batch_size: int = 16
+    """windows that one process takes at once; lower it if memory runs out"""
+    seq_len: int = 256
+    """tokens in a window"""
+    max_steps: int = 1000
+    """updates in the run"""
+    seed: int = 1337
+    """of the weights, the order of the data and dropout"""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the blocks, AdamW for the rest"""
+    max_lr: float = 6e-4
+    """highest learning rate, at the end of the warmup"""
+    min_lr_ratio: float = 0.1
+    """last learning rate, as a share of max_lr"""
+    warmup_steps: int = 100
+    """updates over which the learning rate rises"""
+    weight_decay: float = 0.1
+    """of tensors with two or more dimensions"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """of AdamW"""
+    grad_clip: float = 1.0
+    """longest gradient, as a norm over all parameters; 0: no limit"""
+
+    eval_every: int = 50
+    """steps between validations; 0: none"""
+    eval_tokens: int = 131072
+    """tokens of the val split that a validation covers"""
+    save_every: int = 250
+    """steps between checkpoints; 0: none"""
+    sample_every: int = 250
+    """steps between samples of text; 0: none"""
+    sample_prompts: list[str] = field(default_factory=lambda: ["\n"])
+    """beginnings of the sample texts"""
+    sample_tokens: int = 100
+    """tokens in a sample"""
+    log_every: int = 1
+    """steps between lines on the console (metrics.jsonl has every step)"""
+
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
+    """auto: bf16 or, on old ones, fp16 on a CUDA GPU, float32 elsewhere"""
+    compile: bool | Literal["auto"] = "auto"
+    """use torch.compile; auto: on a CUDA GPU"""
+
+
+def main(config: TrainConfig) -> int:
+    """Train, and return the exit status: 0, or 128 + the signal that ended the run early."""
+    check(config)
+    dist = distributed.setup(config.device)
+    log = RunLog(config.log_dir, enabled=dist.is_master)
+    try:
+        status = train(config, dist, log, StopSignal(log.print))
+    finally:
+        log.close()
+    distributed.cleanup()
+    return status
+
+
+def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop: StopSignal) -> int:
+    """The run, from top to bottom; returns the exit status."""
+    device, log_dir = dist.device, Path(config.log_dir)
+
+    # Data.
+    meta = read_meta(config.data_root)
+    vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
+    tokenizer = meta.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
+    encoding = get_tokenizer(tokenizer) if tokenizer else None
+    loader_settings = dict(data_root=config.data_root, micro_batch_size=config.micro_batch_size, device=device,
+                           seq_len=config.seq_len, vocab_size=vocab_size, rank=dist.rank, world_size=dist.world_size)
+    train_loader = DataLoaderLite(split="train", total_batch_size=config.total_batch_size, seed=config.seed,
+                                  **loader_settings)
+    val_loader = DataLoaderLite(split="val", **loader_settings) if config.eval_every else None
+    log.print(f"found {len(train_loader.shards)} shards for split train")
+    log.print(f"using device: {device}")
+
+    # The model, and where the run stands: at the newest checkpoint in log_dir, if there is one.
+    resumed, saved, saved_optim = checkpoint.newest(log_dir, log.print, resumable=True) or (None, None, None)
+    model = starting_model(config, vocab_size, saved)
+    step = first_step = saved["step"] if saved else 0
+    dist.check_same(step, "the step of the newest checkpoint: log_dir must be one folder that all processes see")
+    if saved and step >= config.max_steps:
+        log.print(f"{resumed} has finished: step {step} of {config.max_steps}; raise --max_steps to go on, "
+                  f"or pass another --log_dir")
+        return 0
+    train_loader.micro_batch = step * train_loader.grad_accum_steps
+
+    # The model as it is trained: on its device, compiled, its gradients averaged over ranks. Evaluating, sampling
+    # and saving use `model` itself, which shares the weights, and so never compile anything again.
+    model.to(device)
+    trained = torch.compile(model) if use_compile(config, device) else model
+    if dist.world_size > 1:
+        trained = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
+    dtype = distributed.select_precision(config.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    optimizers = configure_optimizers(model, config.optimizer, lr=config.max_lr, weight_decay=config.weight_decay,
+                                      betas=config.betas)
+    if saved:
+        checkpoint.load_optimizers(saved_optim, optimizers, scaler)
+
+    settings = json.loads(json.dumps(asdict(replace(config, model=model.config))))  # tuples become lists
+    if dist.is_master:
+        with atomic_write(log_dir / "config.yaml") as file:
+            file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+    log.print(f"{model.num_parameters():,} parameters, {str(dtype).removeprefix('torch.')}, a step is "
+              f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
+              + (f" on each of {dist.world_size} processes" if dist.world_size > 1 else ""))
+    if saved:
+        log.print(f"resuming from {resumed} at step {step} of {config.max_steps}{changes(settings, saved)}")
+    best_loss = log.start(step, config.max_steps)
+    stopping = dist.all_reduce_sum(torch.tensor([stop.signum])).item() > 0
+    while True:
+        # Between two updates: evaluate, save, sample; not again where a resumed run begins.
+        finished = step == config.max_steps
+        stopping = stopping and not finished
+        validated = saved and (saved["val_loss"] is not None or not due(config.eval_every, config, step))
+        if step > first_step or not validated:
+            val_loss = None
+            if due(config.eval_every, config, step) and not stopping:
+                batches = val_loader.eval_batches(config.eval_tokens)
+                val_loss = evaluate(model, batches, autocast, dist)
+                log.validation(step=step, loss=val_loss)
+            if dist.is_master:
+                about = dict(step=step, val_loss=val_loss, tokenizer=tokenizer, train_config=settings)
+                if val_loss is not None and val_loss < best_loss:
+                    best_loss = val_loss
+                    checkpoint.save_model(log_dir / "model_best.pt", model, **about)
+                if due(config.save_every, config, step) or step == 0 or finished or stopping:
+                    path = checkpoint.save(log_dir, model, optimizers, scaler, **about)
+                    log.print(f"saved {path}")
+                if due(config.sample_every, config, step) and encoding and not stopping:
+                    log.print(sample_text(model, encoding, config, step))
+        if finished:
+            return 0
+        if stopping:
+            log.print(f"stopped at step {step} of {config.max_steps}; the same command goes on from there")
+            return 128 + (stop.signum or signal.SIGTERM)
+
+        # One update.
+        began = time.perf_counter()
+        mean_loss = torch.zeros((), device=device)
+        for micro_step in range(train_loader.grad_accum_steps):
+            x, y = train_loader.next_batch()  # each (B, T)
+            if model.config.dropout:
+                torch.manual_seed(dropout_seed(config.seed, step, micro_step, dist.rank))
+            last = micro_step == train_loader.grad_accum_steps - 1  # ranks average their gradients once, after it
+            with contextlib.nullcontext() if last or dist.world_size == 1 else trained.no_sync():
+                with autocast:
+                    loss = trained(x, y) / train_loader.grad_accum_steps
+                scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+        lr = learning_rate(step, max_lr=config.max_lr, min_lr_ratio=config.min_lr_ratio,
+                           warmup_steps=config.warmup_steps, max_steps=config.max_steps)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+
+        # The step's one wait for the device: the loss over all ranks, and whether one of them was told to stop.
+        stats = torch.stack([mean_loss, grad_norm, torch.tensor(float(stop.signum > 0), device=device)])
+        train_loss, grad_norm, stop_votes = (dist.all_reduce_sum(stats) / dist.world_size).tolist()
+        seconds = time.perf_counter() - began
+        if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+            raise UserError(f"step {step}: loss {train_loss}, gradient norm {grad_norm}: the run has diverged and "
+                            f"stops here, its last checkpoint is intact; go on from there with a lower --max_lr "
+                            f"(now {config.max_lr:g}), more --warmup_steps or --grad_clip 1.0")
+        log.step(step=step, loss=train_loss, lr=lr, grad_norm=grad_norm, seconds=seconds,
+                 batch_tokens=config.total_batch_size, line=due(config.log_every, config, step))
+        hours = seconds * (config.max_steps - step - 1) / 3600
+        if step == first_step and device.type == "cpu" and hours > 1:
+            log.print(f"at {seconds:.0f} s a step this run takes about {hours:.0f} hours on this CPU; a small model "
+                      f"learns in minutes with --config configs/laptop.yaml (and another --log_dir, or an empty one)")
+        stopping = stop_votes > 0
+        step += 1
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for a number that cannot be meant and for a log_dir that cannot be written to."""
+    for name in ("max_steps", "seed", "warmup_steps", "weight_decay", "grad_clip", "min_lr_ratio", "eval_every",
+                 "save_every", "sample_every"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more")
+    for name in ("max_lr", "eval_tokens", "sample_tokens", "log_every"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be more than 0")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"betas are {config.betas}: each must be at least 0 and below 1")
+    if "" in config.sample_prompts:
+        raise UserError("one of sample_prompts is empty: a sample begins with at least one token")
+    try:
+        Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"log_dir {config.log_dir!r} cannot be made ({error.strerror}): pass another one") from None
+    if not os.access(config.log_dir, os.W_OK):
+        raise UserError(f"log_dir {config.log_dir!r} cannot be written to: pass another one, or change its permissions")
+
+
+def starting_model(config: TrainConfig, vocab_size: int, saved: dict | None) -> GPT:
+    """The model to begin with, on the CPU: of the checkpoint `saved` in log_dir, else as init_from says.
+
+    Raises UserError where a checkpoint does not fit the settings.
+    """
+    wanted = replace(config.model, vocab_size=vocab_size, block_size=config.model.block_size or config.seq_len)
+    if saved or config.init_from != "scratch":
+        model = checkpoint.build_model(saved or checkpoint.load(config.init_from), dropout=wanted.dropout)
+    else:
+        torch.manual_seed(config.seed)
+        model = GPT(wanted)
+    there, here = asdict(model.config), asdict(wanted)
+    differences = [f"{name} {there[name]} there, {here[name]} here" for name in here if here[name] != there[name]]
+    if differences and config.init_from == "scratch":
+        raise UserError(f"log_dir {config.log_dir!r} holds a run of another shape ({'; '.join(differences)}): pass its "
+                        f"settings to go on with it, or another --log_dir to begin a new run")
+    if model.config.vocab_size < vocab_size:
+        raise UserError(f"{config.init_from} knows {model.config.vocab_size} tokens, the data in {config.data_root!r} "
+                        f"has {vocab_size}: prepare the data with the tokenizer of the checkpoint")
+    if config.seq_len > model.config.block_size:
+        raise UserError(f"seq_len {config.seq_len} is more than block_size {model.config.block_size}, the longest "
+                        f"context of the model: lower --seq_len or raise --model.block_size")
+    return model
+
+
+def changes(settings: dict, saved: dict) -> str:
+    """What is set differently from when the checkpoint `saved` was written, for the line that says so."""
+    before = saved.get("train_config") or {}
+    changed = [f"{key} {before[key]} -> {value}" for key, value in settings.items() if before.get(key, value) != value]
+    return f" with other settings: {'; '.join(changed)}" if changed else ""
+
+
+def due(every: int, config: TrainConfig, step: int) -> bool:
+    """Whether what happens every `every` steps, and at the end, happens at `step`; never where `every` is 0."""
+    return every > 0 and (step % every == 0 or step == config.max_steps)
+
+
+def use_compile(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to use torch.compile: by default on CUDA GPUs that it supports (compute capability 7.0 and newer)."""
+    if config.compile == "auto":
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return config.compile
+
+
+def dropout_seed(*numbers: int) -> int:
+    """A 64-bit seed from (seed, step, micro-step, rank), well mixed: neighbours have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def sample_text(model: GPT, encoding: tiktoken.Encoding, config: TrainConfig, step: int) -> str:
+    """Continuations of the sample prompts, to be shown."""
+    rows = [encoding.encode_ordinary(prompt) for prompt in config.sample_prompts]
+    for tokens in generate(model, rows, config.sample_tokens, temperature=0.8, top_k=200, seed=config.seed):
+        rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+    return "\n".join(f"--- sample at step {step} ---\n{encoding.decode(row).strip()}\n---" for row in rows)
+
+
+if __name__ == "__main__":
+    command_line.run(main, TrainConfig)
