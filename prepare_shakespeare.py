@@ -49,8 +49,7 @@ def main(config: PrepareConfig) -> None:
     if not 0 < config.val_fraction < 1:
         raise UserError(f"val_fraction is {config.val_fraction}: it must lie between 0 and 1")
     out = Path(config.out)
-    meta = read_meta(out)
-    if meta and config.input is None and is_complete(out, meta):
+    if config.input is None and is_complete(out, meta := read_meta(out)):
         print(f"{out} is complete ({count(meta)} from {meta['source']}): nothing to do")
         return
     try:
@@ -74,6 +73,9 @@ def main(config: PrepareConfig) -> None:
         "splits": {split: {"tokens": len(part), "documents": 1} for split, part in splits.items()},
     }
     refuse_other_shards(out, splits)
+    if is_complete(out, read_meta(out)):
+        print(f"{out} is complete ({count(meta)} from {source}): nothing to do")
+        return
     for split, part in splits.items():
         write_shard(out, split, 0, part.astype(dtype))
     write_meta(out, meta)
@@ -86,9 +88,9 @@ def count(meta: dict) -> str:
 
 
 def is_complete(out: Path, meta: dict) -> bool:
-    """Whether every split of `meta` is there, whole."""
+    """Whether every split that `meta` tells of is there, whole."""
     try:
-        return all(sum(len(open_shard(path)) for path in find_shards(out, split)) == about["tokens"]
+        return bool(meta) and all(sum(len(open_shard(path)) for path in find_shards(out, split)) == about["tokens"]
                    for split, about in meta["splits"].items())
     except (UserError, KeyError):
         return False

@@ -81,9 +81,11 @@ def read(path: Path) -> dict:
         raise UserError(f"no checkpoint {str(path)!r}: pass the path of a model_<step>.pt file")
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            # An entry marked as a folder has no content for torch.load, which then gives what happens to be in memory.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
+            broken = archive.testzip() or next(iter(folders), None)
         if broken:
-            raise UserError(f"checkpoint {path} is damaged (checksum of {broken}): use another one")
+            raise UserError(f"checkpoint {path} is damaged (at {broken} in it): use another one")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -157,3 +159,8 @@ def load_optimizers(optim: dict, optimizers: list[torch.optim.Optimizer], scaler
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"the optimizer state of step {optim.get('step')} does not fit ({error}): pass the --optimizer "
                         f"that the run began with, or start a new one with --init_from and another --log_dir") from None
+
+
+def changed_settings(before: dict, now: dict) -> str:
+    """The settings of a run that differ from those in its checkpoint, in words; "" where none do."""
+    return "; ".join(f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value)

@@ -2,9 +2,30 @@
 
 from collections.abc import Iterator
 
+import tiktoken
 import torch
 
+from gpt.errors import UserError
 from gpt.model import GPT
+
+
+def complete(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max_new_tokens: int, *,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> list[str]:
+    """The prompts, each continued up to `<|endoftext|>` (not shown) or by `max_new_tokens` tokens, as text.
+
+    Raises UserError for a prompt with tokens that the model does not know.
+    """
+    rows = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if max(row) >= model.config.vocab_size:
+            raise UserError(f"prompt {prompt!r} has token {max(row)}: the model knows {model.config.vocab_size} tokens")
+    end = encoding.eot_token
+    for tokens in generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                           stop_token=end):
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None and token != end:
+                row.append(token)
+    return [encoding.decode(row) for row in rows]
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
     parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
     parser.add_class_arguments(config_class)
     try:
-        settings = vars(parser.instantiate(parser.parse_args()))
+        settings = vars(parser.instantiate(parser.parse_args(config_first(sys.argv[1:]))))
         settings.pop("config")
         status = main(config_class(**settings))
     except UserError as error:
@@ -48,3 +48,12 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def config_first(words: list[str]) -> list[str]:
+    """The command line with `--config FILE` moved to the front: jsonargparse lets later settings win."""
+    files, flags = [], []
+    for i, word in enumerate(words):
+        is_config = word == "--config" or word.startswith("--config=") or (i > 0 and words[i - 1] == "--config")
+        (files if is_config else flags).append(word)
+    return files + flags

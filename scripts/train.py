@@ -15,7 +15,6 @@ if not __package__:  # run as `torchrun scripts/train.py`: imports start at the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import tiktoken
 import torch
 import yaml
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +25,7 @@ from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
 from gpt.errors import UserError
 from gpt.evaluation import evaluate
-from gpt.generation import generate
+from gpt.generation import complete
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizers, learning_rate
@@ -120,6 +119,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
     tokenizer = meta.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
     encoding = get_tokenizer(tokenizer) if tokenizer else None
+    if encoding and vocab_size > encoding.n_vocab:
+        raise UserError(f"model.vocab_size {vocab_size} is more than the {encoding.n_vocab} tokens of {tokenizer}: "
+                        f"leave it out, the vocabulary is never padded")
     loader_settings = dict(data_root=config.data_root, micro_batch_size=config.micro_batch_size, device=device,
                            seq_len=config.seq_len, vocab_size=vocab_size, rank=dist.rank, world_size=dist.world_size)
     train_loader = DataLoaderLite(split="train", total_batch_size=config.total_batch_size, seed=config.seed,
@@ -127,6 +129,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     val_loader = DataLoaderLite(split="val", **loader_settings) if config.eval_every else None
     log.print(f"found {len(train_loader.shards)} shards for split train")
     log.print(f"using device: {device}")
+    if config.sample_every and not encoding:
+        log.print(f"no tokenizer is known for these {vocab_size} token ids: there will be no samples of text")
 
     # The model, and where the run stands: at the newest checkpoint in log_dir, if there is one.
     resumed, saved, saved_optim = checkpoint.newest(log_dir, log.print, resumable=True) or (None, None, None)
@@ -134,7 +138,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     step = first_step = saved["step"] if saved else 0
     dist.check_same(step, "the step of the newest checkpoint: log_dir must be one folder that all processes see")
     if saved and step >= config.max_steps:
-        log.print(f"{resumed} has finished: step {step} of {config.max_steps}; raise --max_steps to go on, "
+        log.print(f"{resumed}: the run is finished, step {step} of {config.max_steps}; raise --max_steps to go on, "
                   f"or pass another --log_dir")
         return 0
     train_loader.micro_batch = step * train_loader.grad_accum_steps
@@ -142,7 +146,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     # The model as it is trained: on its device, compiled, its gradients averaged over ranks. Evaluating, sampling
     # and saving use `model` itself, which shares the weights, and so never compile anything again.
     model.to(device)
-    trained = torch.compile(model) if use_compile(config, device) else model
+    trained = torch.compile(model) if distributed.select_compile(config.compile, device) else model
     if dist.world_size > 1:
         trained = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
     dtype = distributed.select_precision(config.precision, device)
@@ -152,8 +156,6 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     optimizers = configure_optimizers(model, config.optimizer, lr=config.max_lr, weight_decay=config.weight_decay,
                                       betas=config.betas)
-    if saved:
-        checkpoint.load_optimizers(saved_optim, optimizers, scaler)
 
     settings = json.loads(json.dumps(asdict(replace(config, model=model.config))))  # tuples become lists
     if dist.is_master:
@@ -162,16 +164,21 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     log.print(f"{model.num_parameters():,} parameters, {str(dtype).removeprefix('torch.')}, a step is "
               f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
               + (f" on each of {dist.world_size} processes" if dist.world_size > 1 else ""))
+    done_step = -1  # the step whose validation and checkpoint are there already
     if saved:
-        log.print(f"resuming from {resumed} at step {step} of {config.max_steps}{changes(settings, saved)}")
+        checkpoint.load_optimizers(saved_optim, optimizers, scaler)
+        if saved.get("val_loss") is not None or not due(config.eval_every, config, step):
+            done_step = step
+        changed = checkpoint.changed_settings(saved.get("train_config") or {}, settings)
+        log.print(f"resuming from {resumed} at step {step} of {config.max_steps}{changed and ', changed: ' + changed}")
+        saved = saved_optim = None  # gigabytes
     best_loss = log.start(step, config.max_steps)
     stopping = dist.all_reduce_sum(torch.tensor([stop.signum])).item() > 0
     while True:
-        # Between two updates: evaluate, save, sample; not again where a resumed run begins.
+        # Between two updates: evaluate, save, sample.
         finished = step == config.max_steps
         stopping = stopping and not finished
-        validated = saved and (saved["val_loss"] is not None or not due(config.eval_every, config, step))
-        if step > first_step or not validated:
+        if step != done_step:
             val_loss = None
             if due(config.eval_every, config, step) and not stopping:
                 batches = val_loader.eval_batches(config.eval_tokens)
@@ -186,7 +193,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                     path = checkpoint.save(log_dir, model, optimizers, scaler, **about)
                     log.print(f"saved {path}")
                 if due(config.sample_every, config, step) and encoding and not stopping:
-                    log.print(sample_text(model, encoding, config, step))
+                    for text in complete(model, encoding, config.sample_prompts, config.sample_tokens,
+                                         temperature=0.8, top_k=200, seed=config.seed):
+                        log.print(f"--- sample at step {step} ---\n{text.strip()}\n---")
         if finished:
             return 0
         if stopping:
@@ -247,8 +256,8 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"{name} is {getattr(config, name)}: it must be more than 0")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"betas are {config.betas}: each must be at least 0 and below 1")
-    if "" in config.sample_prompts:
-        raise UserError("one of sample_prompts is empty: a sample begins with at least one token")
+    if config.sample_every and not all(config.sample_prompts or [""]):
+        raise UserError("sample_prompts has an empty text or none at all: a sample begins with at least one token")
     try:
         Path(config.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -282,36 +291,14 @@ def starting_model(config: TrainConfig, vocab_size: int, saved: dict | None) -> 
     return model
 
 
-def changes(settings: dict, saved: dict) -> str:
-    """What is set differently from when the checkpoint `saved` was written, for the line that says so."""
-    before = saved.get("train_config") or {}
-    changed = [f"{key} {before[key]} -> {value}" for key, value in settings.items() if before.get(key, value) != value]
-    return f" with other settings: {'; '.join(changed)}" if changed else ""
-
-
 def due(every: int, config: TrainConfig, step: int) -> bool:
     """Whether what happens every `every` steps, and at the end, happens at `step`; never where `every` is 0."""
     return every > 0 and (step % every == 0 or step == config.max_steps)
 
 
-def use_compile(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to use torch.compile: by default on CUDA GPUs that it supports (compute capability 7.0 and newer)."""
-    if config.compile == "auto":
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    return config.compile
-
-
 def dropout_seed(*numbers: int) -> int:
     """A 64-bit seed from (seed, step, micro-step, rank), well mixed: neighbours have nothing in common."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def sample_text(model: GPT, encoding: tiktoken.Encoding, config: TrainConfig, step: int) -> str:
-    """Continuations of the sample prompts, to be shown."""
-    rows = [encoding.encode_ordinary(prompt) for prompt in config.sample_prompts]
-    for tokens in generate(model, rows, config.sample_tokens, temperature=0.8, top_k=200, seed=config.seed):
-        rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
-    return "\n".join(f"--- sample at step {step} ---\n{encoding.decode(row).strip()}\n---" for row in rows)
 
 
 if __name__ == "__main__":

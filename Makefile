@@ -1,0 +1,37 @@
+# make train · make test · make lint: each sets up .venv when it is missing or older than the requirements.
+#   make train CONFIG=configs/laptop.yaml    another configuration than the one chosen for this machine
+#   make train PYTHON=python3.12             another interpreter for the environment
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# What `make train` runs: the guide's defaults where there is a CUDA GPU, a small model elsewhere.
+CONFIG ?= $(shell $(RUN) -c "import torch; print('' if torch.cuda.is_available() else 'configs/laptop.yaml')" 2>/dev/null)
+
+.PHONY: train test test-slow lint
+
+train: $(VENV)/ready
+	$(RUN) prepare_shakespeare.py
+	$(RUN) -m scripts.train $(if $(CONFIG),--config $(CONFIG))
+	$(RUN) -m scripts.generate --prompt "ROMEO:"
+
+test: $(VENV)/ready-dev
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/ready-dev
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/ready-dev
+	$(RUN) -m ruff check .
+
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "error: $(PYTHON) is older than Python 3.11: pass PYTHON=python3.12, say" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -r requirements.txt
+	@touch $@
+
+$(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
+	$(RUN) -m pip install -r requirements-dev.txt
+	@touch $@

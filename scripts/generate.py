@@ -1,0 +1,82 @@
+"""Write text with a trained model: python -m scripts.generate --prompt "Once upon a time" """
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt import checkpoint
+from gpt.distributed import select_device
+from gpt.errors import UserError
+from gpt.generation import complete
+from gpt.tokenizer import get_tokenizer
+from scripts import command_line
+
+
+@dataclass
+class GenerateConfig:
+    """Settings of scripts.generate."""
+
+    prompt: str = "\n"
+    """beginning of the text; <|endoftext|> in it is the token"""
+    checkpoint: str | None = None
+    """a model_<step>.pt; without it the newest one in log_dir"""
+    log_dir: str = "log"
+    """folder of a run, where the newest checkpoint is taken from"""
+    max_new_tokens: int = 200
+    """tokens to write, beyond those of the prompt"""
+    num_samples: int = 1
+    """number of texts to write"""
+    temperature: float = 0.8
+    """above 1: more surprising, below: safer; 0: always the most likely token"""
+    top_k: int = 200
+    """choose among the k most likely tokens; 0: all"""
+    top_p: float = 1.0
+    """choose among the most likely tokens that together have this probability"""
+    seed: int = 1337
+    """of the draws: the same seed writes the same text"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+
+
+def main(config: GenerateConfig) -> None:
+    """Load a checkpoint and print continuations of the prompt; which checkpoint it was goes to standard error."""
+    check(config)
+    device = select_device(config.device)
+    path, content = find(config)
+    model = checkpoint.build_model(content).to(device)
+    if not content.get("tokenizer"):
+        raise UserError(f"{path} was trained on token ids of no known tokenizer: it can be sampled from Python only")
+    encoding = get_tokenizer(content["tokenizer"])
+    print(f"{path}: step {content['step']}", file=sys.stderr)
+    texts = complete(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
+                     temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    print("\n---\n".join(texts))
+
+
+def find(config: GenerateConfig) -> tuple[Path, dict]:
+    """The checkpoint to use: the one named, or the newest in log_dir. Raises UserError if there is none."""
+    if config.checkpoint is not None:
+        return Path(config.checkpoint), checkpoint.load(config.checkpoint)
+    newest = checkpoint.newest(config.log_dir, report=lambda line: print(line, file=sys.stderr))
+    if newest is None:
+        raise UserError(f"no checkpoint in log_dir {config.log_dir!r}: train one with `python -m scripts.train`, or "
+                        f"pass --checkpoint")
+    return newest[0], newest[1]
+
+
+def check(config: GenerateConfig) -> None:
+    """Raise UserError for a value that cannot be meant."""
+    for name in ("temperature", "top_k", "seed"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more")
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be 1 or more")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p is {config.top_p}: it must be above 0 and at most 1")
+    if not config.prompt:
+        raise UserError("the prompt is empty: pass some text, or leave --prompt out")
+
+
+if __name__ == "__main__":
+    command_line.run(main, GenerateConfig)

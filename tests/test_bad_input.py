@@ -1,0 +1,143 @@
+"""A user's mistakes: exit status 2, one clear line, no traceback, nothing written."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from gpt.checkpoint import save_model
+from gpt.config import GPTConfig
+from gpt.model import GPT
+from tests.conftest import TINY, assert_refused, run
+
+TRAIN, GENERATE, PREPARE = ("-m", "scripts.train", *TINY), ("-m", "scripts.generate"), ("prepare_shakespeare.py",)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data_root):
+    """A folder with one of each: data and checkpoints, good and bad."""
+    folder = tmp_path_factory.mktemp("place")
+
+    def data(name, train, val=None):
+        (folder / name).mkdir()
+        np.save(folder / name / "train_00000.npy", train)
+        if val is not None:
+            np.save(folder / name / "val_00000.npy", val)
+
+    good = np.arange(1000, dtype=np.uint16)
+    (folder / "empty").mkdir()
+    data("no_val", good)
+    data("two_dimensional", good.reshape(10, 100), good)
+    data("floats", good / 2, good)
+    data("short", good[:20], good)
+    data("alien", np.full(1000, 60000, np.uint16), good)
+    data("truncated", good, good)
+    path = folder / "truncated" / "train_00000.npy"
+    path.write_bytes(path.read_bytes()[:500])
+    data("bad_meta", good, good)
+    (folder / "bad_meta" / "meta.json").write_text("{")
+    data("with_meta", good, good)
+    (folder / "with_meta" / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
+    data("other_tokenizer", good, good)
+    (folder / "other_tokenizer" / "meta.json").write_text('{"tokenizer": "mine", "vocab_size": 1000}')
+
+    model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=1, n_embd=4))
+    save_model(folder / "small_vocabulary.pt", model, step=1, val_loss=None, tokenizer="gpt2", train_config={})
+    save_model(folder / "no_tokenizer.pt", model, step=1, val_loss=None, tokenizer=None, train_config={})
+    (folder / "cut.pt").write_bytes((folder / "no_tokenizer.pt").read_bytes()[:3000])
+    (folder / "text.pt").write_text("not a checkpoint")
+    torch.save({"model_args": {}, "iter_num": 3, "model": {}}, folder / "other.pt")
+
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "latin1.txt").write_bytes(b"caf\xe9 " * 1000)
+    (folder / "short.txt").write_text("To be, or not to be")
+    (folder / "unknown_key.yaml").write_text("max_step: 3\n")
+    (folder / "broken.yaml").write_text("a: [\n")
+    (folder / "file").write_text("a file where a folder should be")
+    (folder / "good").symlink_to(data_root)
+    return folder
+
+
+# (command, words that the message must hold); {} is the folder above
+CASES = [
+    ((*TRAIN, "--data_root", "{}/missing"), ["data_root", "{}/missing", "prepare_shakespeare.py"]),
+    ((*TRAIN, "--data_root", "{}/empty"), ["no shards for split train", "{}/empty"]),
+    ((*TRAIN, "--data_root", "{}/no_val"), ["no shards for split val"]),
+    ((*TRAIN, "--data_root", "{}/two_dimensional"), ["train_00000.npy", "(10, 100)", "1-D"]),
+    ((*TRAIN, "--data_root", "{}/floats"), ["train_00000.npy", "float64", "integers"]),
+    ((*TRAIN, "--data_root", "{}/short"), ["train_00000.npy has 20 tokens", "33"]),
+    ((*TRAIN, "--data_root", "{}/truncated"), ["train_00000.npy cannot be read"]),
+    ((*TRAIN, "--data_root", "{}/alien"), ["token id 60000 at position", "50256"]),
+    ((*TRAIN, "--data_root", "{}/bad_meta"), ["meta.json", "not JSON"]),
+    ((*TRAIN, "--data_root", "{}/other_tokenizer"), ["unknown tokenizer 'mine'"]),
+    ((*TRAIN, "--total_batch_size", "1000"), ["total_batch_size 1000 is not divisible", "896 or 1024"]),
+    ((*TRAIN, "--micro_batch_size", "0"), ["micro_batch_size is 0"]),
+    ((*TRAIN, "--model.n_head", "3"), ["n_embd 16 is not divisible by n_head 3"]),
+    ((*TRAIN, "--model.block_size", "16"), ["seq_len 32 is more than block_size 16"]),
+    ((*TRAIN, "--data_root", "{}/with_meta", "--model.vocab_size", "50304"), ["50304", "50257", "never padded"]),
+    ((*TRAIN, "--max_step", "3"), ["--max_step", "did you mean --max_steps"]),
+    ((*TRAIN, "--max_steps", "many"), ["--max_steps", "many"]),
+    ((*TRAIN, "--max_steps", "-1"), ["max_steps is -1"]),
+    ((*TRAIN, "--max_lr", "0"), ["max_lr is 0"]),
+    ((*TRAIN, "--max_lr", "nan"), ["max_lr is nan"]),
+    ((*TRAIN, "--betas", "[0.9, 1.0]"), ["betas"]),
+    ((*TRAIN, "--sample_prompts", "['']"), ["sample_prompts"]),
+    ((*TRAIN, "--precision", "int8"), ["--precision", "int8"]),
+    ((*TRAIN, "--config", "{}/missing.yaml"), ["--config", "missing.yaml"]),
+    ((*TRAIN, "--config", "{}/unknown_key.yaml"), ["max_step"]),
+    ((*TRAIN, "--config", "{}/broken.yaml"), ["config"]),
+    ((*TRAIN, "--device", "gpu"), ["unknown device 'gpu'"]),
+    ((*TRAIN, "--log_dir", "{}/file"), ["log_dir", "{}/file"]),
+    ((*TRAIN, "--log_dir", "/proc/log"), ["log_dir", "/proc/log"]),
+    ((*TRAIN, "--init_from", "{}/missing.pt"), ["no checkpoint", "missing.pt"]),
+    ((*TRAIN, "--init_from", "{}/cut.pt"), ["cut.pt", "damaged"]),
+    ((*TRAIN, "--init_from", "{}/other.pt"), ["other.pt", "not one of ours"]),
+    ((*TRAIN, "--init_from", "{}/small_vocabulary.pt"), ["knows 100 tokens", "50257"]),
+    ((*GENERATE, "--log_dir", "{}/empty"), ["no checkpoint in log_dir", "scripts.train"]),
+    ((*GENERATE, "--checkpoint", "{}/missing.pt"), ["no checkpoint", "missing.pt"]),
+    ((*GENERATE, "--checkpoint", "{}/cut.pt"), ["cut.pt", "damaged"]),
+    ((*GENERATE, "--checkpoint", "{}/text.pt"), ["text.pt", "not a checkpoint"]),
+    ((*GENERATE, "--checkpoint", "{}/other.pt"), ["other.pt", "not one of ours"]),
+    ((*GENERATE, "--checkpoint", "{}/no_tokenizer.pt"), ["no known tokenizer"]),
+    ((*GENERATE, "--checkpoint", "{}/small_vocabulary.pt", "--prompt", "world"), ["prompt 'world'", "100 tokens"]),
+    ((*GENERATE, "--prompt", ""), ["prompt is empty"]),
+    ((*GENERATE, "--temperature", "-1"), ["temperature is -1"]),
+    ((*GENERATE, "--top_p", "0"), ["top_p is 0"]),
+    ((*GENERATE, "--num_samples", "0"), ["num_samples is 0"]),
+    ((*PREPARE, "--input", "{}/missing.txt"), ["missing.txt", "cannot be read"]),
+    ((*PREPARE, "--input", "{}/empty.txt"), ["empty.txt", "is empty"]),
+    ((*PREPARE, "--input", "{}/latin1.txt"), ["latin1.txt", "not UTF-8", "byte 3"]),
+    ((*PREPARE, "--input", "{}/short.txt"), ["short.txt", "too short", "--seq_len"]),
+    ((*PREPARE, "--input", "{}/short.txt", "--val_fraction", "1.5"), ["val_fraction is 1.5"]),
+    ((*PREPARE, "--input", "{}/short.txt", "--out", "{}/file"), ["out", "{}/file"]),
+    ((*PREPARE, "--inptu", "x"), ["--inptu", "did you mean --input"]),
+]
+if not torch.cuda.is_available():
+    CASES.append(((*TRAIN, "--device", "cuda"), ["device 'cuda' is not available", "--device auto"]))
+
+
+def test_bad_input(place, tmp_path):
+    """Every case in a folder of its own, which must stay empty (an empty log folder is no loss)."""
+
+    def attempt(number):
+        words, expected = CASES[number]
+        words = [word.replace("{}", str(place)) for word in words]
+        out = tmp_path / str(number)
+        if words[:2] == ["-m", "scripts.train"]:
+            defaults = {"--data_root": place / "good", "--log_dir": out, "--max_steps": 2, "--sample_every": 0}
+        else:
+            defaults = {"--out": out} if words[0] == "prepare_shakespeare.py" else {"--log_dir": out}
+        for flag, value in defaults.items():
+            words += [] if flag in words else [flag, value]
+        return words, [word.replace("{}", str(place)) for word in expected], run(*words), out
+
+    before = sorted(str(path) for path in place.rglob("*"))
+    with ThreadPoolExecutor(2) as pool:
+        for words, expected, done, out in pool.map(attempt, range(len(CASES))):
+            print(*words, "->", done.stderr.strip())
+            assert_refused(done, *expected)
+            written = [path for path in out.rglob("*") if path.is_file()] if out.exists() else []
+            if "{}/alien" not in words and not any("alien" in str(word) for word in words):  # seen when it is read
+                assert not written, words
+    assert sorted(str(path) for path in place.rglob("*")) == before

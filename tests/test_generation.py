@@ -1,0 +1,108 @@
+"""gpt/generation.py: drawing tokens as the formulas say."""
+
+import pytest
+import torch
+
+from gpt.config import GPTConfig
+from gpt.generation import complete, generate, sample
+from gpt.model import GPT
+from gpt.tokenizer import get_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(block_size=12, vocab_size=40, n_layer=2, n_head=2, n_embd=16))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return net.eval()
+
+
+def greedy(model, prompt, n):
+    """The plain loop: the whole (cropped) context through the model, the likeliest token appended."""
+    row = list(prompt)
+    for _ in range(n):
+        row.append(model(torch.tensor([row[-12:]]))[0, -1].argmax().item())
+    return row[len(prompt):]
+
+
+def columns(steps):
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+def test_greedy_equals_the_plain_loop_beyond_the_context(model):
+    """Prompts of different lengths in one batch, 30 tokens on a context of 12."""
+    prompts = [[1, 2, 3], [7], list(range(20)), [5] * 12]
+    batch = columns(generate(model, prompts, 30, temperature=0))
+    assert batch == [greedy(model, prompt, 30) for prompt in prompts]
+    assert columns(generate(model, prompts, 30, top_k=1)) == batch
+
+
+def test_draws_have_the_right_frequencies():
+    """Temperature, top-k and top-p against the probabilities worked out by hand."""
+    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0])
+    order = logits.argsort(descending=True).tolist()  # 0 2 1 4 3
+
+    def expected(temperature, keep):
+        weights = torch.full((5,), -torch.inf)
+        weights[order[:keep]] = logits[order[:keep]] / temperature
+        return weights.softmax(0)
+
+    # probabilities at temperature 1: .55 .20 .12 .074 .027 -> top_p 0.8 keeps three
+    for settings, want in [((1.0, 0, 1.0), expected(1.0, 5)), ((0.5, 0, 1.0), expected(0.5, 5)),
+                           ((2.0, 3, 1.0), expected(2.0, 3)), ((1.0, 0, 0.8), expected(1.0, 3)),
+                           ((1.0, 0, 0.01), expected(1.0, 1)), ((1.0, 99, 1.0), expected(1.0, 5))]:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.tensor(sample(logits.expand(20_000, 5).clone(), *settings, generator))
+        frequencies = torch.bincount(drawn, minlength=5) / len(drawn)
+        assert (frequencies - want).abs().max() < 0.015, settings
+        assert torch.all(frequencies[want == 0] == 0), settings
+
+
+def test_the_seed_decides_and_nothing_else(model):
+    """The same seed writes the same text, and training's random numbers are not touched."""
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = columns(generate(model, [[1], [2]], 20, seed=7))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert columns(generate(model, [[1], [2]], 20, seed=7)) == first
+    assert columns(generate(model, [[1], [2]], 20, seed=8)) != first
+
+
+def test_a_finished_row_stays_finished(model):
+    """The row that draws the stop token yields None from there on; the others go on."""
+    plain = columns(generate(model, [[1], [2], [3]], 25, seed=1))
+    stop = plain[0][3]
+    rows = columns(generate(model, [[1], [2], [3]], 25, seed=1, stop_token=stop))
+    for row, free in zip(rows, plain, strict=True):
+        end = free.index(stop) + 1 if stop in free else 25
+        assert row[:end] == free[:end]
+        assert all(token is None for token in row[end:])
+    alone = list(generate(model, [[1]], 25, temperature=0, stop_token=greedy(model, [1], 1)[0]))
+    assert len(alone) == 1  # nothing left to draw
+
+
+def test_training_mode_is_given_back(model):
+    """Sampling in the middle of training must not switch dropout off for the rest of it."""
+    model.train()
+    list(generate(model, [[1]], 2))
+    assert model.training
+    next(iter(generate(model, [[1]], 2)))  # abandoned in the middle
+    assert model.training
+    model.eval()
+
+
+def test_complete_hides_the_end_of_text():
+    """Text, not tokens: the prompt and what follows, up to <|endoftext|>."""
+    encoding = get_tokenizer()
+    model = GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=4)).eval()
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # every position says the same
+        model.wte.weight.zero_()
+        model.wte.weight[encoding.encode(" dog")[0], 0] = 1
+    assert complete(model, encoding, ["A"], 3, temperature=0) == ["A dog dog dog"]
+    with torch.no_grad():
+        model.wte.weight[encoding.eot_token, 0] = 2
+    assert complete(model, encoding, ["A", "Two words"], 3, temperature=0) == ["A", "Two words"]

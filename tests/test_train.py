@@ -1,0 +1,257 @@
+"""scripts/train.py, as typed: the loop, resume, signals, several processes."""
+
+import fcntl
+import math
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import termios
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from gpt import checkpoint
+from gpt.config import GPTConfig
+from gpt.dataloader import DataLoaderLite
+from gpt.model import GPT
+from tests.conftest import ROOT, TINY, assert_refused, command, environment, metrics, run, start, train
+
+STEPS = ["--max_steps", "12", "--eval_every", "4", "--save_every", "4", "--sample_every", "6"]
+
+
+@pytest.fixture(scope="module")
+def finished(data_root, tmp_path_factory):
+    """A whole run, with dropout: its folder and what it printed."""
+    log_dir = tmp_path_factory.mktemp("finished")
+    return log_dir, train(data_root, log_dir, *STEPS, "--model.dropout", "0.1").stdout
+
+
+def test_what_a_run_prints_and_leaves(finished):
+    """Lines, files and keys that people and programs rely on."""
+    log_dir, printed = finished
+    lines = printed.splitlines()
+    assert lines[:2] == ["found 2 shards for split train", "using device: cpu"]
+    assert re.search(r"^step 0 \| loss: 10\.8\d\d\d \| lr: 0\.002500 \| dt: \d+ms", printed, re.M)
+    assert re.search(r"^val loss 10\.8\d\d\d", printed, re.M)
+    assert printed.count("--- sample at step") == 3  # 0, 6 and the end
+    assert sorted(p.name for p in log_dir.iterdir()) == [
+        "config.yaml", "metrics.jsonl", "model_00000.pt", "model_00004.pt", "model_00008.pt", "model_00012.pt",
+        "model_best.pt", "optim_00008.pt", "optim_00012.pt"]
+    train_records, val = metrics(log_dir, "train"), metrics(log_dir, "val")
+    assert list(train_records) == list(range(12)) and list(val) == [0, 4, 8, 12]
+    assert train_records[11].keys() == {"step", "split", "loss", "lr", "grad_norm", "tokens"}
+    assert train_records[11]["tokens"] == 12 * 256
+    assert val[12]["loss"] < val[0]["loss"] - 1  # it learns
+    assert val[12]["perplexity"] == pytest.approx(math.exp(val[12]["loss"]))
+    best = min(val.values(), key=lambda record: record["loss"])
+    assert checkpoint.load(log_dir / "model_best.pt")["step"] == best["step"]
+    content = checkpoint.load(log_dir / "model_00012.pt")
+    assert content["val_loss"] == val[12]["loss"] and content["tokenizer"] == "gpt2"
+    assert content["train_config"] == yaml.safe_load((log_dir / "config.yaml").read_text())
+
+
+def test_the_validation_loss_is_the_plain_mean(finished, data_root):
+    """Over the first eval_tokens of the val split, by the plain formula on full logits."""
+    log_dir, _ = finished
+    model = checkpoint.build_model(checkpoint.load(log_dir / "model_00012.pt")).eval()
+    tokens = torch.tensor(np.load(data_root / "val_00000.npy").astype(np.int64))[:513]
+    with torch.no_grad():
+        logits = model(tokens[:512].view(16, 32)).double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:])
+    assert metrics(log_dir, "val")[12]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_first_update_is_the_plain_one(data_root, tmp_path):
+    """Gradient accumulation over 4 micro-steps equals one batch through plain PyTorch: same loss and gradient norm."""
+    train(data_root, tmp_path, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0")
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16))
+    x, y = DataLoaderLite(data_root, "train", micro_batch_size=8, seq_len=32, vocab_size=50257,
+                          total_batch_size=256).next_batch()
+    loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    first = metrics(tmp_path, "train")[0]
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_resume_after_kill_repeats_the_same_losses(finished, data_root, tmp_path):
+    """kill -9 between two checkpoints, then the same command: every number as if nothing had happened."""
+    words = ["-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY, *STEPS,
+             "--model.dropout", "0.1"]
+    process = start(*words)
+    for line in process.stdout:
+        if line.startswith("step 6 "):
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "split": "tra')  # killed in the middle of a line
+    again = run(*words)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from {tmp_path}/model_00004.pt at step 4 of 12\n" in again.stdout
+    log_dir, _ = finished
+    for split in ("train", "val"):
+        assert metrics(tmp_path, split) == metrics(log_dir, split)
+    assert_same_weights(tmp_path / "model_00012.pt", log_dir / "model_00012.pt")
+    assert_same_weights(tmp_path / "model_best.pt", log_dir / "model_best.pt")
+
+
+def assert_same_weights(one, other):
+    """To the last bit."""
+    one, other = checkpoint.load(one)["model"], checkpoint.load(other)["model"]
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(finished, data_root, tmp_path, signum, status):
+    """The first one finishes the step and saves; going on gives what an undisturbed run gives."""
+    words = ["-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY, *STEPS,
+             "--model.dropout", "0.1"]
+    process = start(*words)
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("step 5 "):
+            process.send_signal(signum)
+    assert process.wait() == status, printed
+    assert "Traceback" not in "".join(printed)
+    stopped = re.search(r"stopped at step (\d+) of 12", printed[-1])
+    assert stopped and (tmp_path / f"model_{int(stopped[1]):05d}.pt").exists()
+    again = run(*words)
+    assert again.returncode == 0 and f"at step {stopped[1]} of 12" in again.stdout
+    log_dir, _ = finished
+    for split in ("train", "val"):
+        assert metrics(tmp_path, split) == metrics(log_dir, split)
+    assert_same_weights(tmp_path / "model_00012.pt", log_dir / "model_00012.pt")
+
+
+def test_a_second_signal_leaves_at_once(data_root, tmp_path):
+    """In the middle of a step that would take minutes."""
+    process = start("-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY,
+                    "--total_batch_size", 256 * 4000, "--eval_every", "0", "--sample_every", "0")
+    for line in process.stdout:
+        if line.startswith("saved"):
+            process.send_signal(signal.SIGINT)
+        if line.startswith("SIGINT: finishing"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == -signal.SIGINT  # a shell shows it as 130
+    assert [p.name for p in tmp_path.glob("model_*")] == ["model_00000.pt"]
+
+
+def test_two_processes_train_as_one_does(data_root, tmp_path):
+    """torchrun with two gloo ranks, in both spellings, against one process: the same losses at every step."""
+    words = ["--data_root", data_root, *TINY, "--max_steps", "4", "--eval_every", "2", "--sample_every", "2"]
+    one = run("-m", "scripts.train", *words, "--log_dir", tmp_path / "one")
+    script = run("torchrun", "--standalone", "--nproc_per_node=2", "scripts/train.py", *words,
+                 "--log_dir", tmp_path / "script")
+    module = run("torchrun", "--standalone", "--nproc_per_node=2", "-m", "scripts.train", *words,
+                 "--micro_batch_size", "2", "--log_dir", tmp_path / "module")
+    for done in (one, script, module):
+        assert done.returncode == 0, done.stderr
+    assert script.stdout.count("val loss") == 3  # rank 1 is silent
+    for split, count in (("train", 4), ("val", 3)):
+        alone = metrics(tmp_path / "one", split)
+        assert len(alone) == count
+        for folder in ("script", "module"):
+            together = metrics(tmp_path / folder, split)
+            assert together.keys() == alone.keys()
+            for step, record in alone.items():
+                assert together[step]["loss"] == pytest.approx(record["loss"], abs=1e-5)
+    # … and one process goes on with what two have begun.
+    longer = run("-m", "scripts.train", *words, "--max_steps", "6", "--log_dir", tmp_path / "script")
+    assert longer.returncode == 0, longer.stderr
+    assert "resuming" in longer.stdout and "max_steps 4 -> 6" in longer.stdout
+    assert list(metrics(tmp_path / "script", "train")) == list(range(6))
+
+
+def test_a_finished_run_says_so_and_can_go_on(finished, data_root):
+    """A second `make train` must not train again, nor fail."""
+    log_dir, _ = finished
+    before = {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()}
+    done = train(data_root, log_dir, *STEPS)
+    assert "is finished, step 12 of 12; raise --max_steps" in done.stdout
+    assert {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()} == before
+
+
+def test_another_shape_is_refused_and_nothing_is_lost(finished, data_root):
+    """With the differences listed; dropout is no difference."""
+    log_dir, _ = finished
+    before = sorted(path.name for path in log_dir.iterdir())
+    done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY, "--model.n_layer", "3",
+               "--seq_len", "64", "--max_steps", "20")
+    assert_refused(done, "another shape", "n_layer 2 there, 3 here", "block_size 32 there, 64 here")
+    assert "dropout" not in done.stderr
+    assert sorted(path.name for path in log_dir.iterdir()) == before
+
+
+def test_init_from_starts_a_new_run_with_old_weights(finished, data_root, tmp_path):
+    """Step 0 of the new run is as good as the end of the old one, whatever shape the command line says."""
+    log_dir, _ = finished
+    train(data_root, tmp_path, "--max_steps", "1", "--eval_every", "1", "--init_from", log_dir / "model_00012.pt",
+          "--model.n_layer", "7", "--seq_len", "16", "--sample_every", "0", "--optimizer", "muon")
+    assert metrics(tmp_path, "val")[0]["loss"] == pytest.approx(metrics(log_dir, "val")[12]["loss"], abs=0.2)
+    assert checkpoint.load(tmp_path / "model_00001.pt")["config"]["n_layer"] == 2
+
+
+def test_divergence_stops_and_spares_the_checkpoints(data_root, tmp_path):
+    """A loss that is not finite: the step, advice, and no checkpoint made of it."""
+    done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY, "--max_lr", "1e30",
+               "--warmup_steps", "0", "--max_steps", "9", "--save_every", "1", "--eval_every", "0", "--grad_clip", "0")
+    assert_refused(done, "step ", "has diverged", "lower --max_lr")
+    for path in tmp_path.glob("model_*.pt"):
+        model = checkpoint.build_model(checkpoint.load(path))
+        assert all(torch.isfinite(p).all() for p in model.parameters()), path
+
+
+def test_config_file_flags_and_saved_config(data_root, tmp_path):
+    """Flags override the file, wherever they stand; log/config.yaml repeats the run."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({
+        "data_root": str(data_root), "log_dir": str(tmp_path / "a"), "max_steps": 2, "eval_every": 0,
+        "sample_every": 0, "seq_len": 32, "micro_batch_size": 4, "total_batch_size": 128,
+        "model": {"n_layer": 1, "n_head": 1, "n_embd": 8}}))
+    for words in (["--max_steps", "1", "--config", config], ["--config", config, "--max_steps", "1"]):
+        done = run("-m", "scripts.train", *words, "--model.n_head", "2", "--print_config")
+        assert yaml.safe_load(done.stdout)["max_steps"] == 1
+        assert yaml.safe_load(done.stdout)["model"]["n_head"] == 2
+        assert yaml.safe_load(done.stdout)["model"]["n_embd"] == 8
+    first = run("-m", "scripts.train", "--config", config)
+    assert first.returncode == 0, first.stderr
+    again = run("-m", "scripts.train", "--config", tmp_path / "a" / "config.yaml", "--log_dir", tmp_path / "b")
+    assert again.returncode == 0, again.stderr
+    assert metrics(tmp_path / "a", "train") == metrics(tmp_path / "b", "train")
+
+
+def test_the_bar_on_a_terminal(data_root, tmp_path):
+    """A person at a terminal sees one bar with loss, speed and time left, and no line for every step."""
+    words = command("-m", "scripts.train", "--data_root", str(data_root), *TINY, "--max_steps", "3",
+                    "--eval_every", "2", "--sample_every", "0", "--log_dir")
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # lines, columns
+    subprocess.run([*words, tmp_path / "terminal"], cwd=ROOT, env=environment(), check=True, stdout=follower,
+                   stderr=follower)
+    shown = os.read(leader, 1 << 16).decode()
+    assert re.search(r"3/3 \[.*loss \d+\.\d+, [\d,]+ tokens/s", shown)
+    assert re.search(r"\rval loss \d+\.\d+ \| step: 2", shown) and "step 1 |" not in shown
+    plain = subprocess.run([*words, tmp_path / "plain"], cwd=ROOT, env=environment(), check=True, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    assert "step 1 |" in plain and "\r" not in plain and "\x1b" not in plain
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same(data_root, tmp_path):
+    """torch.compile (a minute on a CPU) changes the speed, not the losses; evaluation and sampling work with it."""
+    words = ["--max_steps", "4", "--eval_every", "2", "--sample_every", "2", "--model.dropout", "0"]
+    train(data_root, tmp_path / "plain", *words)
+    train(data_root, tmp_path / "compiled", *words, "--compile", "true")
+    for split in ("train", "val"):
+        plain, compiled = metrics(tmp_path / "plain", split), metrics(tmp_path / "compiled", split)
+        assert plain.keys() == compiled.keys()
+        for step, record in plain.items():
+            assert compiled[step]["loss"] == pytest.approx(record["loss"], abs=1e-4)
