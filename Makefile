@@ -13,7 +13,7 @@ CONFIG ?= $(shell $(RUN) -c "import torch; print('' if torch.cuda.is_available()
 
 train: $(VENV)/ready
 	$(RUN) prepare_shakespeare.py
-	$(RUN) -m scripts.train $(if $(CONFIG),--config $(CONFIG))
+	$(RUN) -m scripts.train $(addprefix --config ,$(CONFIG))
 	$(RUN) -m scripts.generate --prompt "ROMEO:"
 
 test: $(VENV)/ready-dev

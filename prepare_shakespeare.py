@@ -50,7 +50,7 @@ def main(config: PrepareConfig) -> None:
         raise UserError(f"val_fraction is {config.val_fraction}: it must lie between 0 and 1")
     out = Path(config.out)
     if config.input is None and is_complete(out, meta := read_meta(out)):
-        print(f"{out} is complete ({count(meta)} from {meta['source']}): nothing to do")
+        print(f"{out} is complete ({count(meta)} from {meta.get('source')}): nothing to do")
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def is_complete(out: Path, meta: dict) -> bool:
     try:
         return bool(meta) and all(sum(len(open_shard(path)) for path in find_shards(out, split)) == about["tokens"]
                    for split, about in meta["splits"].items())
-    except (UserError, KeyError):
+    except (UserError, KeyError, TypeError, AttributeError):  # damaged shards, or a meta.json of another kind
         return False
 
 
@@ -100,8 +100,12 @@ def refuse_other_shards(out: Path, splits: dict[str, np.ndarray]) -> None:
     """Raise UserError if `out` holds shards that differ from those about to be written (a repeated run's are equal)."""
     for path in [*out.glob("train_*.npy"), *out.glob("val_*.npy")]:
         split, number = path.stem.split("_", 1)
-        if number != "00000" or not np.array_equal(open_shard(path), splits[split]):
-            raise UserError(f"{out} holds other data ({path.name}): pass another --out, or delete that folder first")
+        try:
+            same = number == "00000" and np.array_equal(open_shard(path), splits[split])
+        except UserError:  # damaged
+            same = False
+        if not same:
+            raise UserError(f"{out} holds other data, or damaged ({path.name}): pass another --out, or delete it first")
 
 
 def read_text(path: Path) -> str:

@@ -81,17 +81,18 @@ def read(path: Path) -> dict:
         raise UserError(f"no checkpoint {str(path)!r}: pass the path of a model_<step>.pt file")
     try:
         with zipfile.ZipFile(path) as archive:
-            # An entry marked as a folder has no content for torch.load, which then gives what happens to be in memory.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
-            broken = archive.testzip() or next(iter(folders), None)
+            broken = archive.testzip()
+            # A flipped bit can mark an entry as a folder: torch.load then takes whatever happens to be in memory.
+            # torch.save leaves these attributes 0.
+            broken = broken or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
         if broken:
-            raise UserError(f"checkpoint {path} is damaged (at {broken} in it): use another one")
+            raise UserError(f"checkpoint {path} is damaged (at {broken} in it)")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # what a hostile or truncated file raises is not to be foreseen
         reason = str(error).split("\n")[0][:120]
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} is not one of ours: it holds a {type(content).__name__}, not a dictionary")
     return content
@@ -119,7 +120,7 @@ def load(path: str | Path) -> dict:
         build_model(checkpoint)
     except Exception as error:  # a configuration of anything, weights of any shape
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {path} does not make a model ({reason}): use another one") from None
+        raise UserError(f"checkpoint {path} does not make a model ({reason})") from None
     return checkpoint
 
 
@@ -133,13 +134,17 @@ def newest(log_dir: str | Path, report: Callable[[str], None],
     """
     found = [path for path in Path(log_dir).glob("model_*.pt") if step_of(path) >= 0]
     for path in sorted(found, key=step_of, reverse=True):
+        half = path.with_name(path.name.replace("model", "optim"))
+        if resumable and not half.exists():
+            report(f"skipping {path}: {half.name} is not there, so it cannot be continued")
+            continue
         try:
-            half = path.with_name(path.name.replace("model", "optim"))
             return path, load(path), read(half) if resumable else {}
         except UserError as error:
-            report(f"skipping {path}: {error}")
+            report(f"skipping: {error}")
     if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {str(log_dir)!r} can be used: pass another --log_dir")
+        raise UserError(f"none of the {len(found)} checkpoints in {str(log_dir)!r} can be used: pass another --log_dir "
+                        f"for a new run, or move the damaged files away")
     return None
 
 

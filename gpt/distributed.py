@@ -1,4 +1,4 @@
-"""What torchrun tells this process: rank, world size, device; and the one all-reduce that training needs."""
+"""What torchrun tells this process: rank, world size, device; and what ranks must agree on."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ class Distributed:
     """This process's place in the run. Without torchrun: rank 0 of 1."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -30,6 +29,15 @@ class Distributed:
         values = values.to(self.device, copy=True)
         torch.distributed.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; every rank must ask."""
+        return self.all_reduce_sum(torch.tensor([float(flag)])).item() > 0
+
+    def barrier(self) -> None:
+        """Wait until every rank has come this far."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
     def check_same(self, value: int, what: str) -> None:
         """Raise UserError unless `value` is the same on all ranks."""
@@ -58,7 +66,7 @@ def setup(device: str) -> Distributed:
         elif chosen.type != "cpu":
             raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
         torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Distributed(rank, local_rank, world_size, chosen)
+    return Distributed(rank, world_size, chosen)
 
 
 def cleanup() -> None:

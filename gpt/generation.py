@@ -65,9 +65,9 @@ def next_logits(model: GPT, rows: list[list[int]]) -> torch.Tensor:
     longest = max(len(window) for window in windows)
     # Shorter rows are padded on the right, where a causal model's earlier positions never look.
     padded = [window + [0] * (longest - len(window)) for window in windows]
-    last = torch.tensor([len(window) - 1 for window in windows])
     x = model.hidden(torch.tensor(padded, device=model.wte.weight.device))  # (B, T, C)
-    return model.lm_head(x[torch.arange(len(rows)), last]).float().cpu()
+    x = torch.stack([x[b, len(window) - 1] for b, window in enumerate(windows)])  # (B, C), each row's last position
+    return model.lm_head(x).float().cpu()
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
@@ -79,7 +79,8 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     """
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # most likely first
+    logits, order = logits.sort(dim=-1, descending=True, stable=True)  # most likely first
+    logits = (logits - logits[:, :1]) / temperature  # at most 0: no temperature is too small
     if top_k > 0:
         logits[:, top_k:] = -torch.inf
     probs = logits.softmax(dim=-1)

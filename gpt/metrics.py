@@ -13,7 +13,7 @@ from gpt.atomic import atomic_write
 class RunLog:
     """Writes what happens in a run; on ranks other than 0 (`enabled` false) every method does nothing.
 
-    On a terminal a bar shows the newest loss, tokens per second and the time left; elsewhere every step is a line.
+    On a terminal a bar shows the newest loss, tokens per second and the time left; elsewhere steps are lines.
     """
 
     def __init__(self, log_dir: str | Path, enabled: bool):
@@ -31,7 +31,7 @@ class RunLog:
         records = [r for r in read_metrics(self.path) if r["step"] < step + (r["split"] == "val")]
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        if sys.stderr.isatty():
+        if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
             self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True)
         return min((r["loss"] for r in records if r["split"] == "val"), default=best)
 
@@ -53,7 +53,7 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self.bar.update()
-        elif line:
+        if line and (self.bar is None or not sys.stdout.isatty()):
             self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | "
                        f"grad norm: {grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f}")
 
@@ -71,7 +71,7 @@ class RunLog:
             self.bar = None
 
     def _append(self, record: dict) -> None:
-        with open(self.path, "a") as file:  # opened each time: a line is on disk when the call returns
+        with open(self.path, "a") as file:  # opened each time: a killed process loses no line
             file.write(json.dumps(record) + "\n")
 
 

@@ -66,8 +66,7 @@ class GPT(nn.Module):
     """The language model.
 
     `model(idx)` gives logits (B, T, vocab_size). `model(idx, targets)` gives the mean cross-entropy alone, in nats
-    per token: with targets the logits are never held as a whole (see gpt/loss.py), at 50,257 tokens they would be
-    the largest tensor by far.
+    per token: at 50,257 tokens the logits would be the largest tensor by far, and gpt/loss.py need not keep them.
     """
 
     def __init__(self, config: GPTConfig):

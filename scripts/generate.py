@@ -67,8 +67,8 @@ def find(config: GenerateConfig) -> tuple[Path, dict]:
 def check(config: GenerateConfig) -> None:
     """Raise UserError for a value that cannot be meant."""
     for name in ("temperature", "top_k", "seed"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more")
+        if not 0 <= getattr(config, name) < 2**63:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")
     for name in ("max_new_tokens", "num_samples"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}: it must be 1 or more")

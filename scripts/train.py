@@ -158,47 +158,52 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                                       betas=config.betas)
 
     settings = json.loads(json.dumps(asdict(replace(config, model=model.config))))  # tuples become lists
-    if dist.is_master:
-        with atomic_write(log_dir / "config.yaml") as file:
-            file.write(yaml.safe_dump(settings, sort_keys=False).encode())
     log.print(f"{model.num_parameters():,} parameters, {str(dtype).removeprefix('torch.')}, a step is "
               f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
               + (f" on each of {dist.world_size} processes" if dist.world_size > 1 else ""))
     done_step = -1  # the step whose validation and checkpoint are there already
     if saved:
         checkpoint.load_optimizers(saved_optim, optimizers, scaler)
-        if saved.get("val_loss") is not None or not due(config.eval_every, config, step):
+        if saved.get("val_loss") is not None or not due(config.eval_every, step, config.max_steps):
             done_step = step
         changed = checkpoint.changed_settings(saved.get("train_config") or {}, settings)
         log.print(f"resuming from {resumed} at step {step} of {config.max_steps}{changed and ', changed: ' + changed}")
         saved = saved_optim = None  # gigabytes
+    if dist.is_master:
+        with atomic_write(log_dir / "config.yaml") as file:
+            file.write(yaml.safe_dump(settings, sort_keys=False).encode())
     best_loss = log.start(step, config.max_steps)
-    stopping = dist.all_reduce_sum(torch.tensor([stop.signum])).item() > 0
+    stopping = dist.any(stop.signum > 0)
     while True:
-        # Between two updates: evaluate, save, sample.
+        # Between two updates: evaluate, sample, save. The first checkpoint comes before the first update, so that a
+        # folder that cannot take it is found out now and not after an hour.
         finished = step == config.max_steps
-        stopping = stopping and not finished
+        evaluating = due(config.eval_every, step, config.max_steps) and (finished or not stopping)
+        sampling = due(config.sample_every, step, config.max_steps) and (finished or not stopping)
         if step != done_step:
             val_loss = None
-            if due(config.eval_every, config, step) and not stopping:
-                batches = val_loader.eval_batches(config.eval_tokens)
-                val_loss = evaluate(model, batches, autocast, dist)
+            if evaluating:
+                val_loss = evaluate(model, val_loader.eval_batches(config.eval_tokens), autocast, dist)
+                check_finite(f"step {step}: validation loss {val_loss}", val_loss, config)
                 log.validation(step=step, loss=val_loss)
+            if sampling and encoding and dist.is_master:
+                for text in complete(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
+                                     top_k=200, seed=config.seed):
+                    log.print(f"--- sample at step {step} ---\n{text.strip()}\n---")
+            if evaluating or sampling:
+                stopping = dist.any(stopping or stop.signum > 0)  # it took a while
             if dist.is_master:
                 about = dict(step=step, val_loss=val_loss, tokenizer=tokenizer, train_config=settings)
                 if val_loss is not None and val_loss < best_loss:
                     best_loss = val_loss
                     checkpoint.save_model(log_dir / "model_best.pt", model, **about)
-                if due(config.save_every, config, step) or step == 0 or finished or stopping:
+                if due(config.save_every, step, config.max_steps) or step == 0 or finished or stopping:
                     path = checkpoint.save(log_dir, model, optimizers, scaler, **about)
                     log.print(f"saved {path}")
-                if due(config.sample_every, config, step) and encoding and not stopping:
-                    for text in complete(model, encoding, config.sample_prompts, config.sample_tokens,
-                                         temperature=0.8, top_k=200, seed=config.seed):
-                        log.print(f"--- sample at step {step} ---\n{text.strip()}\n---")
         if finished:
             return 0
         if stopping:
+            dist.barrier()  # where one process leaves, torchrun ends the others: not before the save is done
             log.print(f"stopped at step {step} of {config.max_steps}; the same command goes on from there")
             return 128 + (stop.signum or signal.SIGTERM)
 
@@ -220,10 +225,12 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        overflow = scaler.is_enabled() and not torch.isfinite(grad_norm)  # fp16: no optimizer may use such gradients
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            scaler.step(optimizer)
+            if not overflow:
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
 
@@ -231,12 +238,11 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         stats = torch.stack([mean_loss, grad_norm, torch.tensor(float(stop.signum > 0), device=device)])
         train_loss, grad_norm, stop_votes = (dist.all_reduce_sum(stats) / dist.world_size).tolist()
         seconds = time.perf_counter() - began
-        if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            raise UserError(f"step {step}: loss {train_loss}, gradient norm {grad_norm}: the run has diverged and "
-                            f"stops here, its last checkpoint is intact; go on from there with a lower --max_lr "
-                            f"(now {config.max_lr:g}), more --warmup_steps or --grad_clip 1.0")
+        must_be_finite = train_loss if scaler.is_enabled() else train_loss + grad_norm
+        check_finite(f"step {step}: loss {train_loss}, gradient norm {grad_norm}", must_be_finite, config)
         log.step(step=step, loss=train_loss, lr=lr, grad_norm=grad_norm, seconds=seconds,
-                 batch_tokens=config.total_batch_size, line=due(config.log_every, config, step))
+                 batch_tokens=config.total_batch_size,
+                 line=step % config.log_every == 0 or step + 1 == config.max_steps)
         hours = seconds * (config.max_steps - step - 1) / 3600
         if step == first_step and device.type == "cpu" and hours > 1:
             log.print(f"at {seconds:.0f} s a step this run takes about {hours:.0f} hours on this CPU; a small model "
@@ -249,8 +255,8 @@ def check(config: TrainConfig) -> None:
     """Raise UserError for a number that cannot be meant and for a log_dir that cannot be written to."""
     for name in ("max_steps", "seed", "warmup_steps", "weight_decay", "grad_clip", "min_lr_ratio", "eval_every",
                  "save_every", "sample_every"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more")
+        if not 0 <= getattr(config, name) < 2**63:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")
     for name in ("max_lr", "eval_tokens", "sample_tokens", "log_every"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"{name} is {getattr(config, name)}: it must be more than 0")
@@ -271,6 +277,10 @@ def starting_model(config: TrainConfig, vocab_size: int, saved: dict | None) -> 
 
     Raises UserError where a checkpoint does not fit the settings.
     """
+    began = (saved and saved.get("train_config") or {}).get("init_from", config.init_from)
+    if began != config.init_from:
+        raise UserError(f"log_dir {config.log_dir!r} holds a run that began with init_from {began}, not with "
+                        f"{config.init_from}: pass another --log_dir to begin a new run")
     wanted = replace(config.model, vocab_size=vocab_size, block_size=config.model.block_size or config.seq_len)
     if saved or config.init_from != "scratch":
         model = checkpoint.build_model(saved or checkpoint.load(config.init_from), dropout=wanted.dropout)
@@ -291,9 +301,17 @@ def starting_model(config: TrainConfig, vocab_size: int, saved: dict | None) -> 
     return model
 
 
-def due(every: int, config: TrainConfig, step: int) -> bool:
-    """Whether what happens every `every` steps, and at the end, happens at `step`; never where `every` is 0."""
-    return every > 0 and (step % every == 0 or step == config.max_steps)
+def due(every: int, step: int, max_steps: int) -> bool:
+    """Whether what happens every `every` steps and at the end happens after `step` updates; never if `every` is 0."""
+    return every > 0 and step > 0 and (step % every == 0 or step == max_steps)
+
+
+def check_finite(what: str, value: float, config: TrainConfig) -> None:
+    """Raise UserError if the run has diverged: `value` is infinite or not a number."""
+    if not math.isfinite(value):
+        raise UserError(f"{what}: the run has diverged and stops here, nothing of it is saved; go on from the last "
+                        f"checkpoint with a lower --max_lr (now {config.max_lr:g}), more --warmup_steps or "
+                        f"--grad_clip 1.0")
 
 
 def dropout_seed(*numbers: int) -> int:

@@ -15,7 +15,7 @@ def log_dir(data_root, tmp_path_factory):
 
 
 def generate(log_dir, *words):
-    done = run("-m", "scripts.generate", "--log_dir", log_dir, "--max_new_tokens", "40", *words)
+    done = run("-m", "scripts.generate", "--log_dir", log_dir, "--device", "cpu", "--max_new_tokens", "40", *words)
     assert done.returncode == 0, done.stderr
     return done
 
