@@ -79,10 +79,8 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     """
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    logits, order = logits.sort(dim=-1, descending=True, stable=True)  # most likely first
+    logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k), most likely first
     logits = (logits - logits[:, :1]) / temperature  # at most 0: no temperature is too small
-    if top_k > 0:
-        logits[:, top_k:] = -torch.inf
     probs = logits.softmax(dim=-1)
     if top_p < 1:
         before = probs.cumsum(dim=-1) - probs  # probability of all that are more likely
