@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +41,14 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
         settings = vars(parser.instantiate(parser.parse_args(config_first(sys.argv[1:]))))
         settings.pop("config")
         status = main(config_class(**settings))
+        sys.stdout.flush()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
         status = 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing more may be written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

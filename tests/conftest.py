@@ -50,9 +50,9 @@ def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 240) -> subproces
 
 
 def start(*words: str | Path, **options) -> subprocess.Popen:
-    """Start a command and return at once; its output, both streams, can be read line by line."""
-    return subprocess.Popen(command(*map(str, words)), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, **options)
+    """Start a command and return at once; its output, both streams unless told, can be read line by line."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+    return subprocess.Popen(command(*map(str, words)), cwd=ROOT, env=environment(), text=True, **streams)
 
 
 def train(data_root: Path, log_dir: Path, *words: str | Path) -> subprocess.CompletedProcess:

@@ -1,10 +1,11 @@
 """scripts/generate.py, as typed."""
 
 import shutil
+import subprocess
 
 import pytest
 
-from tests.conftest import assert_refused, run, train
+from tests.conftest import assert_refused, run, start, train
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,14 @@ def test_the_same_seed_writes_the_same_text(log_dir):
     assert other.stdout != first and "step 1" in other.stderr
     greedy = generate(log_dir, "--temperature", "0", "--num_samples", "2").stdout.removesuffix("\n").split("\n---\n")
     assert len(greedy) == 2 and greedy[0] == greedy[1]
+
+
+def test_a_reader_that_has_seen_enough(log_dir):
+    """`| head -0`: no traceback."""
+    process = start("-m", "scripts.generate", "--device", "cpu", "--log_dir", log_dir, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == f"{log_dir}/model_00003.pt: step 3\n"
+    assert process.wait() == 141
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(log_dir, tmp_path):
