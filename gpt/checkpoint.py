@@ -33,8 +33,8 @@ def save(log_dir: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer
     write(log_dir / f"optim_{step:05d}.pt", {"step": step, "optimizers": states, "scaler": scaler.state_dict()})
     path = log_dir / f"model_{step:05d}.pt"
     save_model(path, model, step=step, **about)
-    halves = sorted(log_dir.glob("optim_*.pt"), key=step_of)
-    for old in [half for half in halves if step_of(half) <= step][:-KEEP_OPTIMIZERS]:
+    halves = [half for half in log_dir.glob("optim_*.pt") if 0 <= step_of(half) <= step]
+    for old in sorted(halves, key=step_of)[:-KEEP_OPTIMIZERS]:
         old.unlink()
     return path
 

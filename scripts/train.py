@@ -79,7 +79,7 @@ class TrainConfig:
     eval_tokens: int = 131072
     """tokens of the val split that a validation covers"""
     save_every: int = 250
-    """steps between checkpoints; 0: none"""
+    """steps between checkpoints; 0: only the first and the last"""
     sample_every: int = 250
     """steps between samples of text; 0: none"""
     sample_prompts: list[str] = field(default_factory=lambda: ["\n"])

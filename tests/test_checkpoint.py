@@ -45,10 +45,12 @@ def test_anyone_can_load_it(tmp_path):
 def test_the_newest_complete_one_is_found(tmp_path):
     """Not the best one, not a half one, not a damaged one; and what was passed over is named."""
     assert checkpoint.newest(tmp_path, print) is None
+    (tmp_path / "optim_mine.pt").touch()  # not one of ours: never to be removed
     for step in (0, 50, 100, 1000):
         save(tmp_path, step)
     (tmp_path / "model_best.pt").write_bytes((tmp_path / "model_00050.pt").read_bytes())
-    assert [p.name for p in sorted(tmp_path.glob("optim_*.pt"))] == ["optim_00100.pt", "optim_01000.pt"]
+    assert [p.name for p in sorted(tmp_path.glob("optim_*.pt"))] == [
+        "optim_00100.pt", "optim_01000.pt", "optim_mine.pt"]
     said = []
     assert checkpoint.newest(tmp_path, said.append, resumable=True)[0].name == "model_01000.pt" and not said
     (tmp_path / "model_01000.pt").write_bytes((tmp_path / "model_01000.pt").read_bytes()[:-100])
