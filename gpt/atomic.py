@@ -13,7 +13,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     The bytes go to `.<name>.tmp` in the same folder, are forced to disk, and replace `path` in one step
     (`os.replace`). A crash at any moment leaves either the old file or the new one. An exception in the block
-    removes the temporary file; a killed process leaves it behind, and the next write of the same name reuses it.
+    removes the temporary file; a killed process leaves it behind, for `remove_leftovers`. An OSError, such as that
+    of a full disk, names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -23,8 +24,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
     if os.name == "posix":  # the new name itself must survive a power cut; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -32,3 +35,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Delete what killed processes left half-written in `folder`; call it only where nobody is writing."""
+    for temporary in Path(folder).glob(".*.tmp"):
+        temporary.unlink()

@@ -26,33 +26,50 @@ def save(log_dir: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer
          step: int, **about: Any) -> Path:
     """Write `optim_<step>.pt` and `model_<step>.pt`, remove optimizer halves that are too old; the model's path.
 
-    about: see `save_model`.
+    about: see `save_model`. Raises OSError, and leaves what was there, where they cannot be written.
     """
     log_dir = Path(log_dir)
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    write(log_dir / f"optim_{step:05d}.pt", {"step": step, "optimizers": states, "scaler": scaler.state_dict()})
-    path = log_dir / f"model_{step:05d}.pt"
-    save_model(path, model, step=step, **about)
+    path, optim_path = log_dir / f"model_{step:05d}.pt", log_dir / f"optim_{step:05d}.pt"
+    write(optim_path, {"step": step, "weights": fingerprint(model.state_dict()), "scaler": scaler.state_dict(),
+                       "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    try:
+        save_model(path, model, step=step, **about)
+    except OSError:
+        optim_path.unlink()  # of no use alone, and the disk may be full
+        raise
     halves = [half for half in log_dir.glob("optim_*.pt") if 0 <= step_of(half) <= step]
     for old in sorted(halves, key=step_of)[:-KEEP_OPTIMIZERS]:
         old.unlink()
     return path
 
 
-def save_model(path: Path, model: GPT, *, step: int, val_loss: float | None, tokenizer: str | None,
-               train_config: dict) -> None:
+def save_model(path: Path, model: GPT, **about: Any) -> None:
     """Write the weights and all that is needed to use them to `path`.
 
-    val_loss: of this very model, in nats per token, or None where it was not measured. tokenizer: its name, or None.
+    about: `step`; `val_loss` of this very model, in nats per token, or None where it was not measured; `tokenizer`,
+    its name or None; `train_config`, the settings of the run, and `train_windows`, the size of its train split.
     """
-    write(path, {"model": model.state_dict(), "config": asdict(model.config), "step": step, "val_loss": val_loss,
-                 "tokenizer": tokenizer, "train_config": train_config})
+    write(path, {"model": model.state_dict(), "config": asdict(model.config), **about})
 
 
 def write(path: Path, content: dict) -> None:
-    """Write a dictionary of tensors and plain values, atomically, with every tensor on the CPU."""
-    with atomic_write(path) as file:
-        torch.save(to_cpu(content), file)
+    """Write a dictionary of tensors and plain values, atomically, with every tensor on the CPU.
+
+    Raises OSError where the file cannot be written, to a full disk for one.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save(to_cpu(content), file)
+    except RuntimeError as error:  # torch.save hides what happened behind a complaint about positions in the file
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+        raise
+
+
+def fingerprint(weights: dict[str, torch.Tensor]) -> int:
+    """A number that differs, all but surely, where any bit of the weights (float32) does; exact on every device."""
+    sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in weights.values()]
+    return sum(place * value for place, value in enumerate(torch.stack(sums).tolist(), start=1))
 
 
 def to_cpu(value: Any) -> Any:
@@ -117,7 +134,8 @@ def load(path: str | Path) -> dict:
         found = ", ".join(map(str, list(checkpoint)[:8]))
         raise UserError(f"checkpoint {path} is not one of ours: it has no {' and no '.join(missing)} (found: {found})")
     try:
-        build_model(checkpoint)
+        if any(parameter.dtype != torch.float32 for parameter in build_model(checkpoint).parameters()):
+            raise TypeError("its weights are not float32")
     except Exception as error:  # a configuration of anything, weights of any shape
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint {path} does not make a model ({reason})") from None
@@ -128,9 +146,10 @@ def newest(log_dir: str | Path, report: Callable[[str], None],
            resumable: bool = False) -> tuple[Path, dict, dict] | None:
     """The newest complete checkpoint in `log_dir`: its path, its content, and the optimizer's half.
 
-    The optimizer's half is {} unless `resumable` asks for checkpoints that have it. A damaged file is named
-    through `report` and the next older one is tried. None if there are no checkpoints at all; UserError if there
-    are some and none is complete, so that nobody starts over by accident.
+    The optimizer's half is {} unless `resumable` asks for checkpoints that have it. A file that is damaged, of
+    another step than its name says or of another run than its half is named through `report`, and the next older
+    one is tried. None if there are no checkpoints at all; UserError if there are some and none is complete, so that
+    nobody starts over by accident.
     """
     found = [path for path in Path(log_dir).glob("model_*.pt") if step_of(path) >= 0]
     for path in sorted(found, key=step_of, reverse=True):
@@ -139,9 +158,16 @@ def newest(log_dir: str | Path, report: Callable[[str], None],
             report(f"skipping {path}: {half.name} is not there, so it cannot be continued")
             continue
         try:
-            return path, load(path), read(half) if resumable else {}
+            model, optim = load(path), read(half) if resumable else {}
         except UserError as error:
             report(f"skipping: {error}")
+            continue
+        if model["step"] != step_of(path):
+            report(f"skipping {path}: it is of step {model['step']}, not {step_of(path)}")
+        elif resumable and (optim.get("step"), optim.get("weights")) != (step_of(path), fingerprint(model["model"])):
+            report(f"skipping {path}: {half.name} was not saved with it")
+        else:
+            return path, model, optim
     if found:
         raise UserError(f"none of the {len(found)} checkpoints in {str(log_dir)!r} can be used: pass another --log_dir "
                         f"for a new run, or move the damaged files away")

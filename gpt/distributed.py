@@ -1,12 +1,17 @@
 """What torchrun tells this process: rank, world size, device; and what ranks must agree on."""
 
+import contextlib
+import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
 
 from gpt.errors import UserError
+from gpt.roll_call import RollCall
 
 
 @dataclass
@@ -16,63 +21,85 @@ class Distributed:
     rank: int
     world_size: int
     device: torch.device
+    roll_call: RollCall | None = None
 
     @property
     def is_master(self) -> bool:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
-    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, on each of them; `values` themselves are left as they were."""
+    def all_gather(self, values: torch.Tensor) -> list[list[float]]:
+        """The `values` (n,) of every rank, known on each of them: world_size lists. Waits for the device."""
         if self.world_size == 1:
-            return values
-        values = values.to(self.device, copy=True)
-        torch.distributed.all_reduce(values)
-        return values
+            return [values.tolist()]
+        table = torch.zeros(self.world_size, len(values), dtype=values.dtype, device=self.device)
+        table[self.rank] = values
+        torch.distributed.all_reduce(table)  # each row is zero on all ranks but one
+        rows = table.tolist()
+        self.roll_call.progress()
+        return rows
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; every rank must ask."""
-        return self.all_reduce_sum(torch.tensor([float(flag)])).item() > 0
+        return any(vote for vote, in self.all_gather(torch.tensor([float(flag)])))
 
     def barrier(self) -> None:
         """Wait until every rank has come this far."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def check_same(self, value: int, what: str) -> None:
-        """Raise UserError unless `value` is the same on all ranks."""
-        if self.all_reduce_sum(torch.tensor([value])).item() != value * self.world_size:
-            raise UserError(f"rank {self.rank} of {self.world_size} has {value}, others differ, as {what}")
+    def check_same(self, mine: dict[str, Any], advice: str) -> None:
+        """Raise UserError, with the rank, the entry and `advice`, unless all ranks have the same values in `mine`."""
+        if self.world_size == 1:
+            return
+        everyone: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        for rank, theirs in enumerate(everyone):
+            for name, value in theirs.items():
+                if value != everyone[0].get(name):
+                    raise UserError(f"rank {rank} has {name} {value}, rank 0 has {everyone[0].get(name)}: {advice}")
 
 
-def setup(device: str) -> Distributed:
-    """Choose this process's device and join the process group, if torchrun started several.
+@contextlib.contextmanager
+def joined(device: str, rank_timeout: float) -> Iterator[Distributed]:
+    """Choose this process's device, and be one of the process group if torchrun started several.
 
     `device`: "auto" takes CUDA, else MPS, else the CPU; any other name is taken as PyTorch knows it. Several
-    processes talk over NCCL on CUDA and over gloo on the CPU. Raises UserError for a device that is not there.
+    processes talk over NCCL on CUDA and over gloo on the CPU; where they do not meet for `rank_timeout` seconds the
+    run ends with the names of those that are missing. Of the exceptions of several ranks one is raised and the other
+    ranks end in silence, see `RollCall.blame`. Raises UserError for a device that is not there.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = select_device(device)
-    if world_size > 1 and device == "auto" and chosen.type == "mps":
+    if world_size == 1:
+        yield Distributed(rank, world_size, chosen)
+        return
+    if device == "auto" and chosen.type == "mps":
         chosen = torch.device("cpu")
-    if world_size > 1:
-        if chosen.type == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
-                                f"use --nproc_per_node={torch.cuda.device_count()}")
-            chosen = torch.device("cuda", local_rank)
-            torch.cuda.set_device(chosen)
-        elif chosen.type != "cpu":
-            raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
-        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Distributed(rank, world_size, chosen)
-
-
-def cleanup() -> None:
-    """Leave the process group, at the end of a run that went well; after a failure it is torchrun that cleans up."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if chosen.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
+                            f"use --nproc_per_node={torch.cuda.device_count()}")
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    elif chosen.type != "cpu":
+        raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
+    # PyTorch's own timeout would end the process with less to say: it is left behind ours.
+    timeout = datetime.timedelta(seconds=rank_timeout + 60)
+    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    roll_call = RollCall(store, rank, world_size, rank_timeout)
+    try:
+        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, store=store,
+                                             rank=rank, world_size=world_size,
+                                             device_id=chosen if chosen.type == "cuda" else None)
+        yield Distributed(rank, world_size, chosen, roll_call)
+    except Exception as error:
+        if (to_raise := roll_call.blame(error)) is error:
+            raise
+        raise to_raise from None
+    roll_call.over = True
+    torch.distributed.destroy_process_group()
 
 
 def select_device(name: str) -> torch.device:

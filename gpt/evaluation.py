@@ -27,5 +27,5 @@ def evaluate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     # Sums in float64 on the CPU; a rank with no batch at all adds nothing.
     means = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
     tokens = torch.tensor(counts, dtype=torch.float64)
-    total, count = dist.all_reduce_sum(torch.stack([means @ tokens, tokens.sum()])).tolist()
-    return total / count
+    rows = dist.all_gather(torch.stack([means @ tokens, tokens.sum()]))
+    return sum(total for total, _ in rows) / sum(count for _, count in rows)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gpt.atomic import atomic_write
+from gpt.errors import DISK_FULL
 
 
 class RunLog:
@@ -19,6 +21,7 @@ class RunLog:
     def __init__(self, log_dir: str | Path, enabled: bool):
         self.path, self.enabled = Path(log_dir) / "metrics.jsonl", enabled
         self.bar: tqdm | None = None
+        self.size, self.unwritten = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
 
     def start(self, step: int, max_steps: int) -> float:
         """Open the log at `step`; the lowest validation loss so far, infinity in a new run.
@@ -31,6 +34,7 @@ class RunLog:
         records = [r for r in read_metrics(self.path) if r["step"] < step + (r["split"] == "val")]
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        self.size = self.path.stat().st_size
         if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
             self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True)
         return min((r["loss"] for r in records if r["split"] == "val"), default=best)
@@ -38,8 +42,12 @@ class RunLog:
     def print(self, text: str) -> None:
         """A line on the console, above the bar if there is one."""
         if self.enabled:
-            tqdm.write(text)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except OSError as error:  # a line lost in a file on a full disk must not end the run
+                if error.errno not in DISK_FULL:
+                    raise
 
     def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float,
              batch_tokens: int, line: bool) -> None:
@@ -64,6 +72,11 @@ class RunLog:
             self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity})
             self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}")
 
+    def sync(self) -> None:
+        """Force metrics.jsonl to disk: a checkpoint must not outlive the lines before it. Raises OSError."""
+        if self.enabled:
+            self._write(sync=True)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self.bar is not None:
@@ -71,19 +84,33 @@ class RunLog:
             self.bar = None
 
     def _append(self, record: dict) -> None:
-        with open(self.path, "a") as file:  # opened each time: a killed process loses no line
-            file.write(json.dumps(record) + "\n")
+        before, self.unwritten = self.unwritten, self.unwritten + json.dumps(record) + "\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not before:
+                self.print(f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept for later")
+
+    def _write(self, sync: bool = False) -> None:
+        with open(self.path, "ab") as file:  # opened each time: a killed process loses no line
+            file.truncate(self.size)  # half a line, which a full disk took
+            file.write(self.unwritten.encode())
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+            self.size, self.unwritten = file.tell(), ""
 
 
 def read_metrics(path: str | Path) -> list[dict]:
     """The records of a metrics.jsonl, without lines that are broken (a killed run's last one)."""
     records = []
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and {"step", "split", "loss"} <= record.keys():
+        if isinstance(record, dict) and "split" in record and all(
+                isinstance(record.get(key), int | float) for key in ("step", "loss")):
             records.append(record)
     return records

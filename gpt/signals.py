@@ -1,20 +1,23 @@
 """Leaving a run in good order on Ctrl-C and SIGTERM."""
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable
 
 
 class StopSignal:
     """Notes the first SIGINT or SIGTERM in `signum` (0 before it) for the loop to see; a second one ends the
     process at once, as it would without this class.
 
+    Until the loop sets `worth_saving` there is nothing that a checkpoint would not have, and a step may take minutes
+    to compile: the first signal raises SystemExit there and then, with the status 128 + signum.
+
     Under torchrun later ones are ignored: a cluster may signal torchrun and its workers, and torchrun passes its own
     on, so that a worker hears the same request twice. There it is torchrun that kills what takes too long.
     """
 
-    def __init__(self, report: Callable[[str], None]):
-        self.report, self.signum = report, 0
+    def __init__(self, speaks: bool):
+        self.speaks, self.signum, self.worth_saving = speaks, 0, False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self)
 
@@ -23,5 +26,12 @@ class StopSignal:
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_IGN if under_torchrun else signal.SIG_DFL)
-        hint = "" if under_torchrun else "; once more to leave at once"
-        self.report(f"{signal.Signals(signum).name}: finishing this step and saving{hint}")
+        if self.worth_saving:
+            text = "finishing this step and saving" + ("" if under_torchrun else "; once more to leave at once")
+        else:
+            text = "stopping before the first update, when there is nothing new to save"
+        if self.speaks:
+            with contextlib.suppress(OSError):  # straight to the terminal: print may be what was interrupted
+                os.write(1, f"{signal.Signals(signum).name}: {text}\n".encode())
+        if not self.worth_saving:
+            raise SystemExit(128 + signum)

@@ -5,12 +5,13 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jsonargparse
 
-from gpt.errors import UserError
+from gpt.errors import DISK_FULL, UserError
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -23,7 +24,8 @@ class Parser(jsonargparse.ArgumentParser):
             flag = re.search(r"--[^\s=]+", message)
             near = difflib.get_close_matches(flag[0], self._option_string_actions, 1) if flag else []
             message += f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"error: {message} (--help lists all options)\n")
+        say(f"{message} (--help lists all options)")
+        self.exit(2)
 
 
 def run(main: Callable[[Any], int | None], config_class: type) -> None:
@@ -43,16 +45,34 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
         status = main(config_class(**settings))
         sys.stdout.flush()
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
+        say(str(error))
         status = 2
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing more may be written, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        discard_output()
         status = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        say(f"{error.filename or 'standard output'} cannot be written: {error.strerror}; make room and run it again")
+        discard_output()
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def say(message: str) -> None:
+    """Print an error, once for all processes of torchrun."""
+    rank, group = int(os.environ.get("RANK", 0)), sys.modules.get("torch.distributed")
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not (group and group.is_initialized()):
+        time.sleep(5)  # local rank 0 finds the same mistake in the same flags, and torchrun then ends this process
+    print(f"error: {message}" if rank == 0 else f"error (rank {rank}): {message}", file=sys.stderr)
+
+
+def discard_output() -> None:
+    """Have nothing more written to standard output, not even what is left for the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def config_first(words: list[str]) -> list[str]:

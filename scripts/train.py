@@ -29,6 +29,7 @@ from gpt.generation import complete
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizers, learning_rate
+from gpt.run_lock import only_run_in
 from gpt.shards import read_meta
 from gpt.signals import StopSignal
 from gpt.tokenizer import get_tokenizer
@@ -95,19 +96,17 @@ class TrainConfig:
     """auto: bf16 or, on old ones, fp16 on a CUDA GPU, float32 elsewhere"""
     compile: bool | Literal["auto"] = "auto"
     """use torch.compile; auto: on a CUDA GPU"""
+    rank_timeout: float = 600
+    """seconds that processes wait for one another before the run ends and names the missing one"""
 
 
 def main(config: TrainConfig) -> int:
     """Train, and return the exit status: 0, or 128 + the signal that ended the run early."""
     check(config)
-    dist = distributed.setup(config.device)
-    log = RunLog(config.log_dir, enabled=dist.is_master)
-    try:
-        status = train(config, dist, log, StopSignal(log.print))
-    finally:
-        log.close()
-    distributed.cleanup()
-    return status
+    with (distributed.joined(config.device, config.rank_timeout) as dist,
+          only_run_in(config.log_dir) if dist.is_master else contextlib.nullcontext(),
+          contextlib.closing(RunLog(config.log_dir, enabled=dist.is_master)) as log):
+        return train(config, dist, log, StopSignal(speaks=dist.is_master))
 
 
 def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop: StopSignal) -> int:
@@ -133,12 +132,13 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         log.print(f"no tokenizer is known for these {vocab_size} token ids: there will be no samples of text")
 
     # The model, and where the run stands: at the newest checkpoint in log_dir, if there is one.
-    resumed, saved, saved_optim = checkpoint.newest(log_dir, log.print, resumable=True) or (None, None, None)
+    last_saved, saved, saved_optim = checkpoint.newest(log_dir, log.print, resumable=True) or (None, None, None)
     model = starting_model(config, vocab_size, saved)
     step = first_step = saved["step"] if saved else 0
-    dist.check_same(step, "the step of the newest checkpoint: log_dir must be one folder that all processes see")
+    dist.check_same({**asdict(config), "step": step, "train windows": train_loader.n_windows},
+                    "start all with the same flags, the same data and one log_dir that all of them see")
     if saved and step >= config.max_steps:
-        log.print(f"{resumed}: the run is finished, step {step} of {config.max_steps}; raise --max_steps to go on, "
+        log.print(f"{last_saved}: the run is finished, step {step} of {config.max_steps}; raise --max_steps to go on, "
                   f"or pass another --log_dir")
         return 0
     train_loader.micro_batch = step * train_loader.grad_accum_steps
@@ -166,14 +166,17 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         checkpoint.load_optimizers(saved_optim, optimizers, scaler)
         if saved.get("val_loss") is not None or not due(config.eval_every, step, config.max_steps):
             done_step = step
-        changed = checkpoint.changed_settings(saved.get("train_config") or {}, settings)
-        log.print(f"resuming from {resumed} at step {step} of {config.max_steps}{changed and ', changed: ' + changed}")
+        changed = checkpoint.changed_settings(
+            {**(saved.get("train_config") or {}), "windows of the train split": saved.get("train_windows")},
+            {**settings, "windows of the train split": train_loader.n_windows})
+        log.print(f"resuming from {last_saved} at step {step} of {config.max_steps}"
+                  f"{changed and ', changed: ' + changed}")
         saved = saved_optim = None  # gigabytes
     if dist.is_master:
         with atomic_write(log_dir / "config.yaml") as file:
             file.write(yaml.safe_dump(settings, sort_keys=False).encode())
     best_loss = log.start(step, config.max_steps)
-    stopping = dist.any(stop.signum > 0)
+    stopping = False
     while True:
         # Between two updates: evaluate, sample, save. The first checkpoint comes before the first update, so that a
         # folder that cannot take it is found out now and not after an hour.
@@ -184,7 +187,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             val_loss = None
             if evaluating:
                 val_loss = evaluate(model, val_loader.eval_batches(config.eval_tokens), autocast, dist)
-                check_finite(f"step {step}: validation loss {val_loss}", val_loss, config)
+                check_finite(f"step {step}: validation loss {val_loss}", val_loss, config, last_saved)
                 log.validation(step=step, loss=val_loss)
             if sampling and encoding and dist.is_master:
                 for text in complete(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
@@ -192,18 +195,31 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                     log.print(f"--- sample at step {step} ---\n{text.strip()}\n---")
             if evaluating or sampling:
                 stopping = dist.any(stopping or stop.signum > 0)  # it took a while
+            saving = due(config.save_every, step, config.max_steps) or step == 0 or finished or stopping
+            if saving:
+                dist.check_same({"weights": checkpoint.fingerprint(model.state_dict())}, f"a processor or its memory "
+                                f"is faulty, nothing is saved; go on from {last_saved} without that machine")
             if dist.is_master:
-                about = dict(step=step, val_loss=val_loss, tokenizer=tokenizer, train_config=settings)
-                if val_loss is not None and val_loss < best_loss:
-                    best_loss = val_loss
-                    checkpoint.save_model(log_dir / "model_best.pt", model, **about)
-                if due(config.save_every, step, config.max_steps) or step == 0 or finished or stopping:
-                    path = checkpoint.save(log_dir, model, optimizers, scaler, **about)
-                    log.print(f"saved {path}")
+                about = dict(step=step, val_loss=val_loss, tokenizer=tokenizer, train_config=settings,
+                             train_windows=train_loader.n_windows)
+                try:
+                    if val_loss is not None and val_loss < best_loss:
+                        checkpoint.save_model(log_dir / "model_best.pt", model, **about)
+                        best_loss = val_loss
+                    if saving:
+                        log.sync()
+                        last_saved = checkpoint.save(log_dir, model, optimizers, scaler, **about)
+                        log.print(f"saved {last_saved}")
+                except OSError as error:  # a full disk may have room again at the next save
+                    what = f"step {step} is not saved ({error}), the last checkpoint is {last_saved}"
+                    if step == 0 or finished or stopping:
+                        raise UserError(f"{what}: make room, then the same command goes on from there") from None
+                    log.print(f"warning: {what}; training goes on to the next save")
+        if finished or stopping:
+            dist.barrier()  # where one process leaves, torchrun ends the others: not before the save is done
         if finished:
             return 0
         if stopping:
-            dist.barrier()  # where one process leaves, torchrun ends the others: not before the save is done
             log.print(f"stopped at step {step} of {config.max_steps}; the same command goes on from there")
             return 128 + (stop.signum or signal.SIGTERM)
 
@@ -234,20 +250,27 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
 
-        # The step's one wait for the device: the loss over all ranks, and whether one of them was told to stop.
+        # The step's one wait for the device: every rank's loss, gradient norm, and whether it was told to stop.
         stats = torch.stack([mean_loss, grad_norm, torch.tensor(float(stop.signum > 0), device=device)])
-        train_loss, grad_norm, stop_votes = (dist.all_reduce_sum(stats) / dist.world_size).tolist()
+        losses, grad_norms, stop_votes = zip(*dist.all_gather(stats), strict=True)
+        train_loss, grad_norm = sum(losses) / dist.world_size, grad_norms[0]
         seconds = time.perf_counter() - began
-        must_be_finite = train_loss if scaler.is_enabled() else train_loss + grad_norm
-        check_finite(f"step {step}: loss {train_loss}, gradient norm {grad_norm}", must_be_finite, config)
+        stop.worth_saving = True  # from now on a signal waits for the end of a step
+        for rank, loss in enumerate(losses):
+            where = f" on rank {rank}" if dist.world_size > 1 else ""
+            check_finite(f"step {step}: loss {loss}{where}, gradient norm {grad_norm}", loss, config, last_saved)
+        if overflow and scaler.get_scale() >= 1:
+            log.print(f"step {step}: no update, the gradients overflow in fp16; loss scale now {scaler.get_scale():g}")
+        else:
+            check_finite(f"step {step}: gradient norm {grad_norm}", grad_norm, config, last_saved)
         log.step(step=step, loss=train_loss, lr=lr, grad_norm=grad_norm, seconds=seconds,
                  batch_tokens=config.total_batch_size,
                  line=step % config.log_every == 0 or step + 1 == config.max_steps)
         hours = seconds * (config.max_steps - step - 1) / 3600
         if step == first_step and device.type == "cpu" and hours > 1:
-            log.print(f"at {seconds:.0f} s a step this run takes about {hours:.0f} hours on this CPU; a small model "
+            log.print(f"at {seconds:.2g} s a step this run takes about {hours:.0f} hours on this CPU; a small model "
                       f"learns in minutes with --config configs/laptop.yaml (and another --log_dir, or an empty one)")
-        stopping = stop_votes > 0
+        stopping = any(stop_votes)
         step += 1
 
 
@@ -257,7 +280,7 @@ def check(config: TrainConfig) -> None:
                  "save_every", "sample_every"):
         if not 0 <= getattr(config, name) < 2**63:
             raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")
-    for name in ("max_lr", "eval_tokens", "sample_tokens", "log_every"):
+    for name in ("max_lr", "eval_tokens", "sample_tokens", "log_every", "rank_timeout"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"{name} is {getattr(config, name)}: it must be more than 0")
     if not all(0 <= beta < 1 for beta in config.betas):
@@ -306,12 +329,12 @@ def due(every: int, step: int, max_steps: int) -> bool:
     return every > 0 and step > 0 and (step % every == 0 or step == max_steps)
 
 
-def check_finite(what: str, value: float, config: TrainConfig) -> None:
+def check_finite(what: str, value: float, config: TrainConfig, last_saved: Path | None) -> None:
     """Raise UserError if the run has diverged: `value` is infinite or not a number."""
     if not math.isfinite(value):
-        raise UserError(f"{what}: the run has diverged and stops here, nothing of it is saved; go on from the last "
-                        f"checkpoint with a lower --max_lr (now {config.max_lr:g}), more --warmup_steps or "
-                        f"--grad_clip 1.0")
+        raise UserError(f"{what}: the run has diverged and stops here, nothing of it is saved; the same command goes "
+                        f"on from {last_saved}: give it a lower --max_lr (now {config.max_lr:g}), more --warmup_steps "
+                        f"or --grad_clip 1.0")
 
 
 def dropout_seed(*numbers: int) -> int:

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import termios
+import time
 
 import numpy as np
 import pytest
@@ -132,16 +133,34 @@ def test_a_signal_saves_and_leaves(finished, data_root, tmp_path, signum, status
 
 
 def test_a_second_signal_leaves_at_once(data_root, tmp_path):
-    """In the middle of a step that would take minutes."""
+    """In the middle of a step that takes seconds."""
     process = start("-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY,
-                    "--total_batch_size", 256 * 4000, "--eval_every", "0", "--sample_every", "0")
+                    "--total_batch_size", 256 * 60, "--eval_every", "0", "--sample_every", "0")
     for line in process.stdout:
-        if line.startswith("saved"):
+        if line.startswith("step 0 "):
             process.send_signal(signal.SIGINT)
         if line.startswith("SIGINT: finishing"):
             process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == -signal.SIGINT  # a shell shows it as 130
     assert [p.name for p in tmp_path.glob("model_*")] == ["model_00000.pt"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_the_first_step_leaves_at_once(data_root, tmp_path, ranks):
+    """Which may be minutes of compiling, while a cluster kills after 30 s; what is there already is all there is."""
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2"] if ranks == 2 else []
+    process = start(*torchrun, "-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY,
+                    "--total_batch_size", 256 * 4000)
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("saved"):
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+    assert process.wait() == (143 if ranks == 1 else 1) and time.monotonic() - began < 15
+    assert "".join(printed).count("SIGTERM: stopping before the first update") == 1
+    assert checkpoint.newest(tmp_path, print, resumable=True)[1]["step"] == 0
+    assert metrics(tmp_path, "train") == {}
 
 
 def test_two_processes_train_as_one_does(data_root, tmp_path):
