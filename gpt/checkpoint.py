@@ -69,7 +69,7 @@ def write(path: Path, content: dict) -> None:
 def fingerprint(weights: dict[str, torch.Tensor]) -> int:
     """A number that differs, all but surely, where any bit of the weights (float32) does; exact on every device."""
     sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in weights.values()]
-    return sum(place * value for place, value in enumerate(torch.stack(sums).tolist(), start=1))
+    return sum(place * value for place, value in enumerate(torch.stack(sums).tolist(), start=1)) % 2**63
 
 
 def to_cpu(value: Any) -> Any:

@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +56,7 @@ class Distributed:
             return
         everyone: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(everyone, mine)
+        self.roll_call.progress()
         for rank, theirs in enumerate(everyone):
             for name, value in theirs.items():
                 if value != everyone[0].get(name):
@@ -88,6 +91,7 @@ def joined(device: str, rank_timeout: float) -> Iterator[Distributed]:
     # PyTorch's own timeout would end the process with less to say: it is left behind ours.
     timeout = datetime.timedelta(seconds=rank_timeout + 60)
     store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store = meet(store, rank, world_size, rank_timeout)
     roll_call = RollCall(store, rank, world_size, rank_timeout)
     try:
         torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, store=store,
@@ -100,6 +104,38 @@ def joined(device: str, rank_timeout: float) -> Iterator[Distributed]:
         raise to_raise from None
     roll_call.over = True
     torch.distributed.destroy_process_group()
+
+
+def meet(store: torch.distributed.Store, rank: int, world_size: int, timeout: float) -> torch.distributed.Store:
+    """Wait until all ranks have started, and return a part of `store` that is only theirs.
+
+    torchrun keeps one store for all its restarts, and in it the addresses of processes that are dead: a restarted rank
+    that reads them waits for ever. Its restart count cannot tell the starts apart, as each machine counts its own.
+    So rank 0 makes up a name and hands it to whoever asks, until every rank has used that name to say that it heard.
+
+    Raises UserError that names the ranks that have not come within `timeout` seconds.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"ask {rank}", mine)
+    if rank > 0:
+        while not store.check([f"answer {mine}"]):
+            if time.monotonic() > deadline:
+                raise UserError(f"rank 0 of {world_size} has not started within {timeout:g} s, see --rank_timeout")
+            time.sleep(0.05)
+        name = store.get(f"answer {mine}").decode()
+        store.set(f"{name} heard by {rank}", "")
+        return torch.distributed.PrefixStore(name, store)
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"ask {other}"]):  # perhaps that of a dead one: it will not say that it heard
+                store.set("answer " + store.get(f"ask {other}").decode(), mine)
+        missing = {other for other in missing if not store.check([f"{mine} heard by {other}"])}
+        if time.monotonic() > deadline:
+            raise UserError(f"rank {', '.join(map(str, sorted(missing)))} of {world_size} has not started within "
+                            f"{timeout:g} s, see --rank_timeout")
+        time.sleep(0.05)
+    return torch.distributed.PrefixStore(mine, store)
 
 
 def select_device(name: str) -> torch.device:

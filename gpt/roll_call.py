@@ -28,8 +28,7 @@ class RollCall:
     """
 
     def __init__(self, store: torch_dist.Store, rank: int, world_size: int, timeout: float):
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
-        self.store = torch_dist.PrefixStore(f"roll call {attempt}", store.clone())
+        self.store = torch_dist.PrefixStore("roll call", store.clone())
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.main_thread = threading.get_ident()
         self.over = False

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gpt.tokenizer import get_tokenizer
 
@@ -21,6 +23,7 @@ TEXT = ROOT / "tests" / "data" / "coriolanus.txt"  # the first scenes of the pla
 TINY = ["--device", "cpu", "--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "16", "--seq_len", "32",
         "--micro_batch_size", "4", "--total_batch_size", "256", "--warmup_steps", "4", "--max_lr", "1e-2",
         "--eval_tokens", "512", "--sample_tokens", "8"]
+TINY_BYTES = [*TINY, "--model.vocab_size", "256"]
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +34,17 @@ def data_root(tmp_path_factory) -> Path:
     np.save(folder / "train_00000.npy", tokens[:5000])
     np.save(folder / "train_00001.npy", tokens[5000:9000])
     np.save(folder / "val_00000.npy", tokens[9000:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_data(tmp_path_factory) -> Path:
+    """The same text as bytes, of no tokenizer: with TINY_BYTES a step takes 10 ms."""
+    folder = tmp_path_factory.mktemp("bytes")
+    tokens = np.frombuffer(TEXT.read_bytes(), dtype=np.uint8)
+    np.save(folder / "train_00000.npy", tokens[:20000])
+    np.save(folder / "train_00001.npy", tokens[20000:32000])
+    np.save(folder / "val_00000.npy", tokens[32000:])
     return folder
 
 
@@ -46,40 +60,72 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
 
 
-def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run a command to its end and capture what it prints."""
-    return subprocess.run(command(*map(str, words)), cwd=cwd, env=environment(), timeout=timeout,
-                          capture_output=True, text=True)
+class Fork:
+    """A command as a fork of a process that has PyTorch loaded already, which takes a tenth of the time to start.
 
-
-def run_in_fork(*words: str | Path) -> subprocess.CompletedProcess:
-    """`run`, but by a process that has PyTorch loaded: a tenth of the time, for a test of many commands that end soon.
-
-    All else is as typed: a process of its own, `python -m <module>` or `python <file>` with its flags as __main__.
+    All else is as typed: a process of its own that runs `python -m <module>` or `python <file>` as __main__.
     """
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tests.conftest", "scripts.command_line", "gpt.checkpoint",
-                                    "gpt.evaluation", "gpt.generation", "gpt.optim", "gpt.dataloader"])
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        process = context.Process(target=_become, args=([str(word) for word in words], *streams))
-        process.start()
-        process.join(240)
-        process.kill()
-        return subprocess.CompletedProcess(words, process.exitcode, *[stream.read_text() for stream in streams])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.command_line", "gpt.optim",
+                                    "gpt.checkpoint", "gpt.evaluation", "gpt.generation", "gpt.dataloader"])
+
+    def __init__(self, *words: str | Path, stdout: Path | None = None, **variables: str | int):
+        self.words = [str(word) for word in words]
+        self.variables = {**environment(), **{name: str(value) for name, value in variables.items()}}
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = [stdout or Path(self.folder.name) / "stdout", Path(self.folder.name) / "stderr"]
+        self.process = self.context.Process(target=self._run, args=(self.words, self.variables, *self.streams))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self) -> int:
+        """Wait for its end; the exit status."""
+        self.process.join()
+        return self.process.exitcode
+
+    def result(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Wait for its end; what it printed."""
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        outputs = [stream.read_text() if stream.exists() else "" for stream in self.streams]
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, *outputs)
+
+    @staticmethod
+    def _run(words: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:
+        for stream, path in ((1, stdout), (2, stderr)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+        os.environ.update(variables)
+        os.chdir(ROOT)
+        torch.set_num_threads(1)  # as OMP_NUM_THREADS in `environment`
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
 
 
-def _become(words: list[str], stdout: Path, stderr: Path) -> None:
-    """Run `python <words>` in this process, its output in two files."""
-    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
-    os.chdir(ROOT)
+def run(*words: str | Path) -> subprocess.CompletedProcess:
+    """Run a command to its end and capture what it prints."""
     if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+        return Fork(*words).result()
+    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=240, capture_output=True,
+                          text=True)
+
+
+def run_ranks(count: int, *words: str | Path, own: dict[int, list] | None = None) -> list[subprocess.CompletedProcess]:
+    """Run a command as `count` processes of one group, as a launcher other than torchrun starts them.
+
+    own: more words, by rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    forks = [Fork(*words, *(own or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count,
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(count)]
+    return [fork.result() for fork in forks]
 
 
 def start(*words: str | Path, **options) -> subprocess.Popen:

@@ -9,7 +9,7 @@ import torch
 from gpt.checkpoint import save_model
 from gpt.config import GPTConfig
 from gpt.model import GPT
-from tests.conftest import TINY, assert_refused, run_in_fork
+from tests.conftest import TINY, assert_refused, run
 
 TRAIN = ("-m", "scripts.train", *TINY)
 GENERATE = ("-m", "scripts.generate", "--device", "cpu")
@@ -133,7 +133,7 @@ def test_bad_input(place, tmp_path):
             defaults = {"--out": out} if words[0] == "prepare_shakespeare.py" else {"--log_dir": out}
         for flag, value in defaults.items():
             words += [] if flag in words else [flag, value]
-        return words, [word.replace("{}", str(place)) for word in expected], run_in_fork(*words), out
+        return words, [word.replace("{}", str(place)) for word in expected], run(*words), out
 
     before = sorted(str(path) for path in place.rglob("*"))
     with ThreadPoolExecutor(2) as pool:

@@ -1,0 +1,114 @@
+"""Kill a run again and again and compare what it ends with: python -m tests.soak --kills 100, or with --ranks 2
+
+One run is left alone. Another one with the same flags is killed with SIGKILL at random moments and started again until
+it has been killed often enough, and then left to finish. Every number and every weight must be those of the first.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt import checkpoint
+from gpt.tokenizer import get_tokenizer
+from tests.conftest import TEXT, TINY, metrics, start
+
+# Validations and saves so often that a kill hits them about as likely as a step.
+OFTEN = ["--model.dropout", "0.1", "--eval_every", "2", "--eval_tokens", "1024", "--save_every", "3",
+         "--sample_every", "0"]
+
+
+def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: random.Random, longest_life: float,
+                         ranks: int = 1) -> Counter:
+    """Start a run until it ends by itself, after `kills` kills; what it was doing at each of them.
+
+    launch: starts the run, its standard output in the file it is given. longest_life: seconds of training to a kill.
+    One kill in four waits for the next save to begin, which is short.
+    """
+    doing, output = Counter(), log_dir.parent / "output.txt"
+    for life in range(kills + 1):
+        output.write_text("")
+        process = launch(output)
+        if life < kills:
+            while "resuming" not in output.read_text() and "saved" not in output.read_text():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, longest_life))
+            deadline = time.time() + (rng.random() < 0.25)
+            while time.time() < deadline and not list(log_dir.glob(".*.pt.tmp")):
+                time.sleep(0.001)
+            kill_one(process.pid, ranks, rng)
+            assert process.wait() != 0, f"finished before kill {life + 1}: more steps are needed"
+            doing[what_it_did(log_dir)] += 1
+        assert "skipping" not in output.read_text()  # no file is ever left half-written under its name
+    assert process.wait() == 0, output.read_text()
+    return doing
+
+
+def kill_one(pid: int, ranks: int, rng: random.Random) -> None:
+    """SIGKILL the process, or one of torchrun's workers."""
+    if ranks > 1:
+        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+        pid = int(rng.choice(workers.split()))
+    os.kill(pid, signal.SIGKILL)
+
+
+def what_it_did(log_dir: Path) -> str:
+    """What a killed run was at, as far as its files tell."""
+    lines = (log_dir / "metrics.jsonl").read_text().splitlines() if (log_dir / "metrics.jsonl").exists() else []
+    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"split": None}
+    if list(log_dir.glob(".*.pt.tmp")):
+        return "saving"
+    return "validating" if last["split"] == "train" and (last["step"] + 1) % 2 == 0 else "training"
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Every record of metrics.jsonl (but the speed) and every weight of every model, to the last bit."""
+    for split in ("train", "val"):
+        assert metrics(one, split) == metrics(other, split)
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}, "files are missing or left over"
+    for name in names:
+        if name.startswith("model_"):
+            weights, same = (checkpoint.load(folder / name)["model"] for folder in (one, other))
+            assert all(torch.equal(weights[key], same[key]) for key in weights), name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--max_steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tokens = np.array(get_tokenizer().encode_ordinary(TEXT.read_text()), dtype=np.uint16)
+        np.save(folder / "train_00000.npy", tokens[:9000])
+        np.save(folder / "val_00000.npy", tokens[9000:])
+        torchrun = ["torchrun", "--standalone", f"--nproc_per_node={args.ranks}"] if args.ranks > 1 else []
+
+        def launch(output: Path, log_dir: Path = folder / "killed") -> subprocess.Popen:
+            return start(*torchrun, "-m", "scripts.train", "--data_root", folder, "--log_dir", log_dir, *TINY, *OFTEN,
+                         "--max_steps", args.max_steps, stdout=open(output, "w"))
+
+        assert launch(folder / "whole.txt", folder / "whole").wait() == 0
+        began = time.time()
+        doing = kill_again_and_again(launch, folder / "killed", args.kills, random.Random(args.seed), 1.0, args.ranks)
+        assert_equal_runs(folder / "whole", folder / "killed")
+    phases = ", ".join(f"{count} while {phase}" for phase, count in sorted(doing.items()))
+    print(f"{args.max_steps} steps on {args.ranks} processes, killed {doing.total()} times in "
+          f"{time.time() - began:.0f} s ({phases}): every loss, gradient norm and weight as in the undisturbed run")
+
+
+if __name__ == "__main__":
+    main()
