@@ -31,7 +31,7 @@ def write_meta(data_root: str | Path, meta: dict) -> None:
 def read_meta(data_root: str | Path) -> dict:
     """What `meta.json` says, or {} where there is none (people make shards of their own with `np.save`).
 
-    Raises UserError if the file is there but is not a JSON object.
+    Raises UserError if the file is there but is not a JSON object, or its tokenizer or vocab_size cannot be one.
     """
     path = Path(data_root) / "meta.json"
     try:
@@ -42,6 +42,10 @@ def read_meta(data_root: str | Path) -> dict:
         raise UserError(f"{path} is not JSON ({error}): prepare the data again, or delete this file") from None
     if not isinstance(meta, dict):
         raise UserError(f"{path} is not a JSON object: prepare the data again, or delete this file")
+    vocab_size = meta.get("vocab_size", 1)
+    if type(vocab_size) is not int or vocab_size < 1 or not isinstance(meta.get("tokenizer", ""), str | None):
+        raise UserError(f"{path} has vocab_size {vocab_size!r} and tokenizer {meta.get('tokenizer')!r}: expected a "
+                        f"whole number above 0 and a name; prepare the data again, or delete this file")
     return meta
 
 

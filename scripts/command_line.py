@@ -40,7 +40,11 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
     parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
     parser.add_class_arguments(config_class)
     try:
-        settings = vars(parser.instantiate(parser.parse_args(config_first(sys.argv[1:]))))
+        try:
+            arguments = parser.parse_args(config_first(sys.argv[1:]))
+        except UnicodeDecodeError:
+            parser.error("--config: not a text file")
+        settings = vars(parser.instantiate(arguments))
         settings.pop("config")
         status = main(config_class(**settings))
         sys.stdout.flush()
@@ -50,10 +54,11 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         discard_output()
         status = 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except OSError as error:  # of the disk: a fault that the user can put right
+        if error.filename is None and error.errno not in DISK_FULL:
             raise
-        say(f"{error.filename or 'standard output'} cannot be written: {error.strerror}; make room and run it again")
+        advice = ": make room and run it again" if error.errno in DISK_FULL else ""
+        say(f"{error.filename or 'standard output'}: {error.strerror}{advice}")
         discard_output()
         status = 2
     except KeyboardInterrupt:

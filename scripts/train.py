@@ -282,7 +282,9 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")
     for name in ("max_lr", "eval_tokens", "sample_tokens", "log_every", "rank_timeout"):
         if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be more than 0")
+            raise UserError(f"{name} is {getattr(config, name)}: it must be more than 0, and finite")
+    if config.min_lr_ratio > 1:
+        raise UserError(f"min_lr_ratio is {config.min_lr_ratio}: it must be at most 1, where the learning rate stays")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"betas are {config.betas}: each must be at least 0 and below 1")
     if config.sample_every and not all(config.sample_prompts or [""]):

@@ -2,12 +2,14 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -70,25 +72,30 @@ class Fork:
     context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.command_line", "gpt.optim",
                                     "gpt.checkpoint", "gpt.evaluation", "gpt.generation", "gpt.dataloader"])
 
+    lock = threading.Lock()  # starting one asks after all others, which two threads must not do at once
+
     def __init__(self, *words: str | Path, stdout: Path | None = None, **variables: str | int):
         self.words = [str(word) for word in words]
         self.variables = {**environment(), **{name: str(value) for name, value in variables.items()}}
         self.folder = tempfile.TemporaryDirectory()
         self.streams = [stdout or Path(self.folder.name) / "stdout", Path(self.folder.name) / "stderr"]
         self.process = self.context.Process(target=self._run, args=(self.words, self.variables, *self.streams))
-        self.process.start()
+        with self.lock:
+            self.process.start()
         self.pid = self.process.pid
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; the exit status."""
-        self.process.join()
+        multiprocessing.connection.wait([self.process.sentinel], timeout)
+        with self.lock:
+            self.process.join(0)
         return self.process.exitcode
 
     def result(self, timeout: float = 240) -> subprocess.CompletedProcess:
         """Wait for its end; what it printed."""
-        self.process.join(timeout)
-        self.process.kill()
-        self.process.join()
+        if self.wait(timeout) is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.words, timeout)
         outputs = [stream.read_text() if stream.exists() else "" for stream in self.streams]
         return subprocess.CompletedProcess(self.words, self.process.exitcode, *outputs)
 

@@ -41,6 +41,15 @@ def place(tmp_path_factory, data_root):
     (folder / "bad_meta" / "meta.json").write_text("{")
     data("with_meta", good, good)
     (folder / "with_meta" / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
+    for name, meta in (("vocab_size_text", '{"vocab_size": "many"}'), ("vocab_size_zero", '{"vocab_size": 0}'),
+                       ("vocab_size_float", '{"vocab_size": 3.5}'), ("tokenizer_list", '{"tokenizer": ["gpt2"]}'),
+                       ("meta_list", "[1]")):
+        data(name, good, good)
+        (folder / name / "meta.json").write_text(meta)
+    data("no_tokens", good[:0], good)
+    (folder / "shard_folder" / "train_00000.npy").mkdir(parents=True)
+    (folder / "damaged_run").mkdir()
+    (folder / "damaged_run" / "model_00005.pt").write_text("not a checkpoint")
     data("other_tokenizer", good, good)
     (folder / "other_tokenizer" / "meta.json").write_text('{"tokenizer": "mine", "vocab_size": 1000}')
 
@@ -73,6 +82,26 @@ CASES = [
     ((*TRAIN, "--data_root", "{}/alien"), ["token id 60000 at position", "50256"]),
     ((*TRAIN, "--data_root", "{}/bad_meta"), ["meta.json", "not JSON"]),
     ((*TRAIN, "--data_root", "{}/other_tokenizer"), ["unknown tokenizer 'mine'"]),
+    ((*TRAIN, "--data_root", "{}/vocab_size_text"), ["meta.json has vocab_size 'many'", "whole number above 0"]),
+    ((*TRAIN, "--data_root", "{}/vocab_size_zero"), ["meta.json has vocab_size 0"]),
+    ((*TRAIN, "--data_root", "{}/vocab_size_float"), ["meta.json has vocab_size 3.5"]),
+    ((*TRAIN, "--data_root", "{}/tokenizer_list"), ["tokenizer ['gpt2']"]),
+    ((*TRAIN, "--data_root", "{}/meta_list"), ["meta.json is not a JSON object"]),
+    ((*TRAIN, "--data_root", "{}/no_tokens"), ["train_00000.npy has 0 tokens"]),
+    ((*TRAIN, "--data_root", "{}/shard_folder"), ["train_00000.npy cannot be read", "directory"]),
+    ((*TRAIN, "--log_dir", "{}/damaged_run"), ["none of the 1 checkpoints", "damaged_run"]),
+    ((*TRAIN, "--rank_timeout", "0"), ["rank_timeout is 0"]),
+    ((*TRAIN, "--model.dropout", "1.5"), ["dropout is 1.5"]),
+    ((*TRAIN, "--model.n_layer", "0"), ["n_layer is 0"]),
+    ((*TRAIN, "--min_lr_ratio", "5"), ["min_lr_ratio is 5", "at most 1"]),
+    ((*TRAIN, "--grad_clip", "-1"), ["grad_clip is -1"]),
+    ((*TRAIN, "--eval_tokens", "0"), ["eval_tokens is 0"]),
+    ((*TRAIN, "--log_every", "0"), ["log_every is 0"]),
+    ((*TRAIN, "--compile", "maybe"), ["--compile", "bool"]),
+    ((*TRAIN, "--optimizer", "sgd"), ["--optimizer", "adamw", "sgd"]),
+    ((*TRAIN, "--init_from", "{}"), ["no checkpoint '{}'"]),
+    ((*TRAIN, "--config", "{}/no_tokenizer.pt"), ["--config: not a text file"]),
+    ((*TRAIN, "extra"), ["unrecognized arguments: extra"]),
     ((*TRAIN, "--total_batch_size", "1000"), ["total_batch_size 1000 is not divisible", "896 or 1024"]),
     ((*TRAIN, "--micro_batch_size", "0"), ["micro_batch_size is 0"]),
     ((*TRAIN, "--model.n_head", "3"), ["n_embd 16 is not divisible by n_head 3"]),
@@ -105,6 +134,11 @@ CASES = [
     ((*GENERATE, "--checkpoint", "{}/no_tokenizer.pt"), ["no known tokenizer"]),
     ((*GENERATE, "--checkpoint", "{}/small_vocabulary.pt", "--prompt", "world"), ["prompt 'world'", "100 tokens"]),
     ((*GENERATE, "--prompt", ""), ["prompt is empty"]),
+    ((*GENERATE, "--checkpoint", "{}"), ["no checkpoint '{}'"]),
+    ((*GENERATE, "--log_dir", "{}/damaged_run"), ["none of the 1 checkpoints"]),
+    ((*GENERATE, "--top_k", "many"), ["--top_k", "many"]),
+    ((*GENERATE, "--prompts", "x"), ["--prompts", "did you mean --prompt"]),
+    ((*GENERATE, "--device", "cuda:99"), ["device 'cuda:99' is not available"]),
     ((*GENERATE, "--temperature", "-1"), ["temperature is -1"]),
     ((*GENERATE, "--top_p", "0"), ["top_p is 0"]),
     ((*GENERATE, "--num_samples", "0"), ["num_samples is 0"]),
