@@ -192,6 +192,8 @@ def load_optimizers(optim: dict, optimizers: list[torch.optim.Optimizer], scaler
                         f"that the run began with, or start a new one with --init_from and another --log_dir") from None
 
 
-def changed_settings(before: dict, now: dict) -> str:
-    """The settings of a run that differ from those in its checkpoint, in words; "" where none do."""
+def changed_settings(checkpoint: dict, settings: dict, train_windows: int) -> str:
+    """The settings of a run, and the size of its data, that differ from the checkpoint's, in words; "" if none do."""
+    before = {**(checkpoint.get("train_config") or {}), "windows of the train split": checkpoint.get("train_windows")}
+    now = {**settings, "windows of the train split": train_windows}
     return "; ".join(f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value)

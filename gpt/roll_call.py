@@ -48,7 +48,7 @@ class RollCall:
         lost = isinstance(error, torch_dist.DistError) or (
             type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL")))
         try:
-            words = self._call("lost" if lost else "failed", "lost another process")
+            words = self._call("lost" if lost else "failed", f"lost a process ({' '.join(str(error).split())[:150]})")
         except torch_dist.DistError:  # the store is gone with the machine that held it
             return error
         if words is None:

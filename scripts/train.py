@@ -166,9 +166,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         checkpoint.load_optimizers(saved_optim, optimizers, scaler)
         if saved.get("val_loss") is not None or not due(config.eval_every, step, config.max_steps):
             done_step = step
-        changed = checkpoint.changed_settings(
-            {**(saved.get("train_config") or {}), "windows of the train split": saved.get("train_windows")},
-            {**settings, "windows of the train split": train_loader.n_windows})
+        changed = checkpoint.changed_settings(saved, settings, train_loader.n_windows)
         log.print(f"resuming from {last_saved} at step {step} of {config.max_steps}"
                   f"{changed and ', changed: ' + changed}")
         saved = saved_optim = None  # gigabytes
@@ -197,6 +195,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                 stopping = dist.any(stopping or stop.signum > 0)  # it took a while
             saving = due(config.save_every, step, config.max_steps) or step == 0 or finished or stopping
             if saving:
+                norm = torch.nn.utils.get_total_norm(model.parameters()).item()
+                check_finite(f"step {step}: norm of the weights {norm}", norm, config, last_saved)
                 dist.check_same({"weights": checkpoint.fingerprint(model.state_dict())}, f"a processor or its memory "
                                 f"is faulty, nothing is saved; go on from {last_saved} without that machine")
             if dist.is_master:

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -215,6 +216,16 @@ def test_another_shape_is_refused_and_nothing_is_lost(finished, data_root):
     assert {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()} == before
 
 
+def test_other_data_is_said(byte_data, tmp_path):
+    """With other data the order is another one: a run that goes on with it is not the run it would have been."""
+    shutil.copytree(byte_data, tmp_path / "data")
+    words = ["--model.vocab_size", "256", "--sample_every", "0", "--log_dir", tmp_path / "log"]
+    train(tmp_path / "data", tmp_path / "log", *words, "--max_steps", "1")
+    shutil.copy(tmp_path / "data" / "train_00001.npy", tmp_path / "data" / "train_00002.npy")
+    done = train(tmp_path / "data", tmp_path / "log", *words, "--max_steps", "2")
+    assert "changed: max_steps 1 -> 2; windows of the train split 998 -> 1372" in done.stdout
+
+
 def test_init_from_starts_a_new_run_with_old_weights(finished, data_root, tmp_path):
     """The new run begins as good as the old one ended, whatever shape the command line says."""
     log_dir, _ = finished
@@ -225,12 +236,14 @@ def test_init_from_starts_a_new_run_with_old_weights(finished, data_root, tmp_pa
 
 
 @pytest.mark.parametrize("words, what", [(["--max_steps", "9", "--eval_every", "0"], "step 1: loss nan"),
+                                         (["--max_steps", "9", "--eval_every", "0", "--save_every", "1"],
+                                          "step 1: norm of the weights inf"),
                                          (["--max_steps", "1"], "step 1: validation loss nan")])
 def test_divergence_stops_and_spares_the_checkpoints(data_root, tmp_path, words, what):
     """Ruined by the first update: the step, advice, and nothing saved or logged of it."""
     done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY, *words,
                "--max_lr", "1e30", "--warmup_steps", "0", "--grad_clip", "0")
-    assert_refused(done, what, "has diverged", "lower --max_lr")
+    assert_refused(done, what, "has diverged", f"goes on from {tmp_path}/model_00000.pt", "lower --max_lr")
     assert [path.name for path in tmp_path.glob("model_*.pt")] == ["model_00000.pt"]
     assert list(metrics(tmp_path, "train")) == [0] and metrics(tmp_path, "val") == {}
 
