@@ -135,6 +135,11 @@ def run_ranks(count: int, *words: str | Path, own: dict[int, list] | None = None
     return [fork.result() for fork in forks]
 
 
+def workers(pid: int) -> list[int]:
+    """The process ids of torchrun's workers, by rank."""
+    return sorted(map(int, subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()))
+
+
 def start(*words: str | Path, **options) -> subprocess.Popen:
     """Start a command and return at once; its output, both streams unless told, can be read line by line."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}

@@ -21,7 +21,7 @@ import torch
 
 from gpt import checkpoint
 from gpt.tokenizer import get_tokenizer
-from tests.conftest import TEXT, TINY, metrics, start
+from tests.conftest import TEXT, TINY, metrics, start, workers
 
 # Validations and saves so often that a kill hits them about as likely as a step.
 OFTEN = ["--model.dropout", "0.1", "--eval_every", "2", "--eval_tokens", "1024", "--save_every", "3",
@@ -40,7 +40,9 @@ def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: rando
         output.write_text("")
         process = launch(output)
         if life < kills:
+            began = time.time()
             while "resuming" not in output.read_text() and "saved" not in output.read_text():
+                assert time.time() < began + 120, f"it does not start: {output.read_text()}"
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, longest_life))
             deadline = time.time() + (rng.random() < 0.25)
@@ -57,8 +59,7 @@ def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: rando
 def kill_one(pid: int, ranks: int, rng: random.Random) -> None:
     """SIGKILL the process, or one of torchrun's workers."""
     if ranks > 1:
-        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-        pid = int(rng.choice(workers.split()))
+        pid = rng.choice(workers(pid))
     os.kill(pid, signal.SIGKILL)
 
 

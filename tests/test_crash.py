@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -135,6 +136,10 @@ def limit_files(process, size):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of a running process can be set on Linux only")
+
+
+@linux
 @pytest.mark.parametrize("size, file", [(80_000, "optim"), (1000, "model_best")])
 def test_a_full_disk_is_waited_out(byte_data, broken_off, tmp_path, size, file):
     """Full until the first failure: a warning, the checkpoint before it whole, no litter, and a good end."""
@@ -162,6 +167,7 @@ def test_a_full_disk_is_waited_out(byte_data, broken_off, tmp_path, size, file):
     assert all(torch.equal(weights[key], same[key]) for key in weights)
 
 
+@linux
 def test_the_last_save_failing_is_an_error(byte_data, broken_off, tmp_path):
     """A run must not say that it is done when its end is not saved; with room again it ends as it should."""
     process, log_dir = start(*words_for(byte_data, tmp_path / "log"), stderr=subprocess.PIPE), tmp_path / "log"

@@ -21,7 +21,7 @@ from gpt import checkpoint
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
 from gpt.model import GPT
-from tests.conftest import ROOT, TINY, assert_refused, command, environment, metrics, run, start, train
+from tests.conftest import ROOT, TINY, assert_refused, command, environment, metrics, run, start, train, workers
 
 STEPS = ["--max_steps", "20", "--eval_every", "5", "--save_every", "10", "--sample_every", "10"]
 
@@ -299,6 +299,20 @@ def test_mixed_precision_trains_and_resumes(data_root, tmp_path, precision):
             assert metrics(tmp_path / "halves", split) == metrics(tmp_path / "whole", split)
 
 
+def test_a_skipped_update_is_said(byte_data, tmp_path):
+    """Where gradients overflow in fp16 the scaler skips the update: in the log as well, not only in the weights."""
+    words = ["--model.vocab_size", "256", "--precision", "fp16", "--sample_every", "0", "--eval_every", "0"]
+    train(byte_data, tmp_path, *words, "--max_steps", "1")
+    optim = checkpoint.read(tmp_path / "optim_00001.pt")
+    optim["scaler"]["scale"] = 2.0**40
+    torch.save(optim, tmp_path / "optim_00001.pt")
+    done = train(byte_data, tmp_path, *words, "--max_steps", "2")
+    assert "step 1: no update, the gradients overflow in fp16; loss scale now 5.49756e+11" in done.stdout
+    assert metrics(tmp_path, "train")[1]["grad_norm"] is None
+    before, after = (checkpoint.load(tmp_path / f"model_0000{step}.pt")["model"] for step in (1, 2))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("target", ["torchrun", "a worker"])
 def test_sigterm_under_torchrun_saves_once(data_root, tmp_path, target):
     """A preempted job: all ranks stop at the same step, and the checkpoint is there; rank 1 alone is enough."""
@@ -309,9 +323,7 @@ def test_sigterm_under_torchrun_saves_once(data_root, tmp_path, target):
     for line in process.stdout:
         printed.append(line)
         if line.startswith("step 5 "):
-            children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-            workers = [int(pid) for pid in children.stdout.split()]
-            os.kill(process.pid if target == "torchrun" else max(workers), signal.SIGTERM)
+            os.kill(process.pid if target == "torchrun" else workers(process.pid)[1], signal.SIGTERM)
     assert process.wait(timeout=60) != 0
     stopped = [int(number) for number in re.findall(r"stopped at step (\d+) of", "".join(printed))]
     assert len(stopped) == 1, "".join(printed)
