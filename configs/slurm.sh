@@ -13,14 +13,16 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 
-log_dir=${LOG_DIR:-log}               # on a disk that all machines see
+log_dir=${LOG_DIR:-log}               # on a disk that all machines see; it counts, not --log_dir
 gpus=${SLURM_GPUS_ON_NODE:-1}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 newest() { find "$log_dir" -name 'model_[0-9]*.pt' 2>/dev/null | sort -V | tail -n 1; }
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110   # seconds that torchrun 2.15 leaves to a step and its save; older ones: 30
+
 before=$(newest)
 srun .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$gpus" --max-restarts=3 --rdzv_id="$SLURM_JOB_ID" \
-    --rdzv_backend=c10d --rdzv_endpoint="$first:29500" -m scripts.train --log_dir "$log_dir" "$@"
+    --rdzv_backend=c10d --rdzv_endpoint="$first:29500" -m scripts.train "$@" --log_dir "$log_dir"
 status=$?
 
 # 0: the run is finished. Anything else: once more, as long as it gets ahead, so that a mistake is not repeated for ever.

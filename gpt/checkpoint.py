@@ -35,7 +35,8 @@ def save(log_dir: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer
     try:
         save_model(path, model, step=step, **about)
     except OSError:
-        optim_path.unlink()  # of no use alone, and the disk may be full
+        if not path.exists():  # of no use alone, and the disk may be full
+            optim_path.unlink()
         raise
     halves = [half for half in log_dir.glob("optim_*.pt") if 0 <= step_of(half) <= step]
     for old in sorted(halves, key=step_of)[:-KEEP_OPTIMIZERS]:
@@ -194,6 +195,7 @@ def load_optimizers(optim: dict, optimizers: list[torch.optim.Optimizer], scaler
 
 def changed_settings(checkpoint: dict, settings: dict, train_windows: int) -> str:
     """The settings of a run, and the size of its data, that differ from the checkpoint's, in words; "" if none do."""
-    before = {**(checkpoint.get("train_config") or {}), "windows of the train split": checkpoint.get("train_windows")}
+    before = {"windows of the train split": checkpoint.get("train_windows", train_windows),
+              **(checkpoint.get("train_config") or {})}
     now = {**settings, "windows of the train split": train_windows}
     return "; ".join(f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value)

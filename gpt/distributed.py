@@ -50,17 +50,20 @@ class Distributed:
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def check_same(self, mine: dict[str, Any], advice: str) -> None:
-        """Raise UserError, with the rank, the entry and `advice`, unless all ranks have the same values in `mine`."""
+    def check_same(self, mine: dict[str, Any], advice: str, alike: str = "") -> None:
+        """Raise UserError, with the rank, the entry and `advice`, unless all ranks have the same values in `mine`:
+        all of those with the same `alike`, that is."""
         if self.world_size == 1:
             return
         everyone: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(everyone, mine)
+        torch.distributed.all_gather_object(everyone, (alike, mine))
         self.roll_call.progress()
-        for rank, theirs in enumerate(everyone):
+        first: dict[str, int] = {}
+        for rank, (kind, theirs) in enumerate(everyone):
+            other = first.setdefault(kind, rank)
             for name, value in theirs.items():
-                if value != everyone[0].get(name):
-                    raise UserError(f"rank {rank} has {name} {value}, rank 0 has {everyone[0].get(name)}: {advice}")
+                if value != (expected := everyone[other][1].get(name)):
+                    raise UserError(f"rank {rank} has {name} {value}, rank {other} has {expected}: {advice}")
 
 
 @contextlib.contextmanager
@@ -89,8 +92,12 @@ def joined(device: str, rank_timeout: float) -> Iterator[Distributed]:
     elif chosen.type != "cpu":
         raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
     # PyTorch's own timeout would end the process with less to say: it is left behind ours.
-    timeout = datetime.timedelta(seconds=rank_timeout + 60)
-    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    timeout = datetime.timedelta(seconds=min(rank_timeout, 1e8) + 60)
+    try:
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    except torch.distributed.DistError as error:
+        raise UserError(f"the {world_size} processes cannot meet at {os.environ.get('MASTER_ADDR')}:"
+                        f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]})") from None
     store = meet(store, rank, world_size, rank_timeout)
     roll_call = RollCall(store, rank, world_size, rank_timeout)
     try:
@@ -155,6 +162,11 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not available here: there are {torch.cuda.device_count()} GPUs, "
                         f"counted from cuda:0")
     return device
+
+
+def processor(device: torch.device) -> str:
+    """The kind of processor that computes: only equal ones can be expected to agree in the last bit."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:

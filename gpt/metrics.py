@@ -9,7 +9,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt.atomic import atomic_write
-from gpt.errors import DISK_FULL
 
 
 class RunLog:
@@ -45,9 +44,8 @@ class RunLog:
             try:
                 tqdm.write(text)
                 sys.stdout.flush()
-            except OSError as error:  # a line lost in a file on a full disk must not end the run
-                if error.errno not in DISK_FULL:
-                    raise
+            except OSError:  # a full disk, a terminal that is gone: a lost line must not end the run
+                pass
 
     def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float,
              batch_tokens: int, line: bool) -> None:
@@ -93,7 +91,7 @@ class RunLog:
 
     def _write(self, sync: bool = False) -> None:
         with open(self.path, "ab") as file:  # opened each time: a killed process loses no line
-            file.truncate(self.size)  # half a line, which a full disk took
+            file.truncate(min(self.size, file.tell()))  # without half a line that a full disk took
             file.write(self.unwritten.encode())
             file.flush()
             if sync:

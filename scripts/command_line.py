@@ -71,7 +71,7 @@ def say(message: str) -> None:
     """Print an error, once for all processes of torchrun."""
     rank, group = int(os.environ.get("RANK", 0)), sys.modules.get("torch.distributed")
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not (group and group.is_initialized()):
-        time.sleep(5)  # local rank 0 finds the same mistake in the same flags, and torchrun then ends this process
+        time.sleep(10)  # local rank 0 finds the same mistake in the same flags, and torchrun then ends this process
     print(f"error: {message}" if rank == 0 else f"error (rank {rank}): {message}", file=sys.stderr)
 
 

@@ -198,7 +198,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                 norm = torch.nn.utils.get_total_norm(model.parameters()).item()
                 check_finite(f"step {step}: norm of the weights {norm}", norm, config, last_saved)
                 dist.check_same({"weights": checkpoint.fingerprint(model.state_dict())}, f"a processor or its memory "
-                                f"is faulty, nothing is saved; go on from {last_saved} without that machine")
+                                f"is faulty, nothing is saved; go on from {last_saved} without that machine",
+                                alike=distributed.processor(device))
             if dist.is_master:
                 about = dict(step=step, val_loss=val_loss, tokenizer=tokenizer, train_config=settings,
                              train_windows=train_loader.n_windows)
@@ -213,7 +214,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                 except OSError as error:  # a full disk may have room again at the next save
                     what = f"step {step} is not saved ({error}), the last checkpoint is {last_saved}"
                     if step == 0 or finished or stopping:
-                        raise UserError(f"{what}: make room, then the same command goes on from there") from None
+                        raise UserError(f"{what}: make room, say, then the same command goes on from there") from None
                     log.print(f"warning: {what}; training goes on to the next save")
         if finished or stopping:
             dist.barrier()  # where one process leaves, torchrun ends the others: not before the save is done

@@ -1,9 +1,12 @@
-"""scripts.train with a fault in rank 1 of the kind that no test can bring about from outside: FAULT=hang, nan or drift.
+"""scripts.train with a fault of the kind that no test can bring about from outside: FAULT=hang, nan, drift or dead.
 
-From the batch with number 6 on, rank 1 never gets its next batch, or has other weights than the others.
+At the batch with number 6 rank 1 never gets its next batch, or has other weights than the others, or dies while rank 0
+is where it hears of nothing, as in a collective on a GPU.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +26,12 @@ def starting_model(*args, original=train.starting_model):
 
 
 def broken_batch(self):
+    if self.micro_batch == 6 and os.environ["FAULT"] == "dead":
+        if self.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        mutex = ctypes.create_string_buffer(64)
+        while True:  # the second call never returns, whatever signal comes
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
     if self.micro_batch == 6 and self.rank == 1:
         if os.environ["FAULT"] == "hang":
             time.sleep(1000)

@@ -63,6 +63,24 @@ def test_the_newest_complete_one_is_found(tmp_path):
     assert checkpoint.newest(tmp_path, said.append)[0].name == "model_00100.pt"  # good enough to generate from
 
 
+def test_a_failed_save_costs_nothing(tmp_path, monkeypatch):
+    """A new half is removed again, but never where it has taken the place of one that belongs to a model."""
+    _, model, optimizers, scaler = save(tmp_path, 5)
+    about = dict(val_loss=None, tokenizer=None, train_config={}, train_windows=3)
+
+    def full(path, content, write=checkpoint.write):
+        if path.name.startswith("model"):
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    for step in (5, 6):
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save(tmp_path, model, optimizers, scaler, step=step, **about)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_00005.pt", "optim_00005.pt"]
+    assert checkpoint.newest(tmp_path, pytest.fail, resumable=True)[1]["step"] == 5
+
+
 def test_no_damaged_file_is_believed(tmp_path):
     """Truncated at every tenth, a byte flipped at 400 places: an error, never other weights."""
     path, *_ = save(tmp_path, 1)

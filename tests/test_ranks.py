@@ -136,17 +136,34 @@ def test_a_hung_rank_is_named(byte_data, tmp_path):
     assert checkpoint.newest(tmp_path / "log", print, resumable=True)[1]["step"] % 5 == 0
 
 
-@pytest.mark.parametrize("fault, words", [
+@pytest.mark.parametrize("fault, said", [
     ("hang", r"no step has ended in 10 s: .*rank 1 of 2 is at scripts/train.py:\d+ \(x, y = train_loader.next_batch"),
+    ("dead", r"no step has ended in 1\d s: no answer from rank 1 of 2"),
     ("nan", r"step 6: loss nan on rank 1.* goes on from .*model_00005.pt"),
     ("drift", r"rank 1 has weights \d+, rank 0 has \d+: .*nothing is saved; go on from .*model_00005.pt")])
-def test_a_rank_that_goes_its_own_way_is_named(byte_data, tmp_path, monkeypatch, fault, words):
+def test_a_rank_that_goes_its_own_way_is_named(byte_data, tmp_path, monkeypatch, fault, said):
     """Stuck in its own work, at odds with arithmetic, or with weights of its own: never silent, never saved."""
     monkeypatch.setenv("FAULT", fault)
-    process = start(*torchrun(2, "tests/broken_rank.py", *words_for(byte_data, tmp_path / "log", "--rank_timeout", "10",
-                                                                    "--max_steps", "20")[2:]))
-    assert re.search(words, ends_with(process, 60))
+    timeout = 300 if fault == "dead" else 10
+    words = words_for(byte_data, tmp_path / "log", "--max_steps", "20", "--rank_timeout", timeout)
+    process = start(*torchrun(2, "tests/broken_rank.py", *words[2:]))
+    assert re.search(said, ends_with(process, 60))
     assert checkpoint.newest(tmp_path / "log", print, resumable=True)[1]["step"] == 5
+
+
+def test_processes_do_not_outlive_torchrun(byte_data, tmp_path):
+    """torchrun killed outright: its workers must not train on unseen, with the lock of the folder."""
+    words = words_for(byte_data, tmp_path / "log", "--max_steps", "100000")
+    process = start(*torchrun(2, *words))
+    printed, began = "", None
+    for line in process.stdout:  # until the last worker has closed it
+        printed += line
+        if line.startswith("step 3 "):
+            process.kill()
+            began = time.monotonic()
+    assert time.monotonic() - began < 30
+    assert printed.count("error: torchrun has ended") == 1 and "most recent call last)" not in printed, printed
+    assert run(*words, "--max_steps", "1").returncode == 0
 
 
 def test_one_rank_alone_finds_a_mistake(byte_data, tmp_path):

@@ -110,12 +110,12 @@ def assert_same_weights(one, other):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_leaves(finished, data_root, tmp_path, signum, status):
     """The first one finishes the step and saves; going on gives what an undisturbed run gives."""
     words = ["-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY, *STEPS,
              "--model.dropout", "0.1"]
-    process = start(*words)
+    process = start(*words, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # as without nohup
     printed = []
     for line in process.stdout:
         printed.append(line)
