@@ -58,13 +58,15 @@ class RollCall:
         lost = isinstance(error, torch_dist.DistError) or (
             type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL")))
         try:
-            words = self._call("lost" if lost else "failed", f"lost a process ({' '.join(str(error).split())[:500]})")
+            words = self._call("lost" if lost else "failed", "lost a process")
         except torch_dist.DistError:
             if lost:
                 return UserError(STORE_GONE) if os.environ.get("LOCAL_RANK", "0") == "0" else SystemExit(1)
             return error
         if words is None:
             return SystemExit(1)
+        if lost and "no answer" not in words:  # all are there: then only the error can tell what the matter is
+            words += f" ({' '.join(str(error).split())[:500]})"
         return UserError(words) if lost else error
 
     def _watch(self) -> None:

@@ -86,7 +86,7 @@ def test_a_rank_that_dies_brings_the_job_back(byte_data, tmp_path):
             os.kill(workers(process.pid)[1], signal.SIGKILL)
         printed += line
     assert process.wait() == 0, printed
-    assert re.search(r"^error: lost a process \(.*\): no answer from rank 1 of 2", printed, re.M)
+    assert "error: lost a process: no answer from rank 1 of 2" in printed
     assert re.search(r"resuming from .*/model_\d+.pt at step \d+ of 40", printed)
     assert_equal_runs(tmp_path / "whole", tmp_path / "log")
 
