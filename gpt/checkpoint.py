@@ -6,18 +6,17 @@ hold tensors and plain Python values and are loaded with `weights_only=True`: a 
 """
 
 import re
-import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt.atomic import atomic_write
-from gpt.config import GPTConfig
+from gpt import pretrained
 from gpt.errors import UserError
 from gpt.model import GPT
+from gpt.serialization import read, write
 
 KEEP_OPTIMIZERS = 2  # an optimizer's state is twice the size of the weights; older ones are of no use
 
@@ -47,24 +46,11 @@ def save(log_dir: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer
 def save_model(path: Path, model: GPT, **about: Any) -> None:
     """Write the weights and all that is needed to use them to `path`.
 
-    about: `step`; `val_loss` of this very model, in nats per token, or None where it was not measured; `tokenizer`,
-    its name or None; `train_config`, the settings of the run, and `train_windows`, the size of its train split.
+    about: `step`; `val_loss` of this very model, in nats per token, and `hellaswag`, its accuracies, or None where they
+    were not measured; `tokenizer`, its name or None; `train_config`, the settings of the run, and `train_windows`, the
+    size of its train split.
     """
     write(path, {"model": model.state_dict(), "config": asdict(model.config), **about})
-
-
-def write(path: Path, content: dict) -> None:
-    """Write a dictionary of tensors and plain values, atomically, with every tensor on the CPU.
-
-    Raises OSError where the file cannot be written, to a full disk for one.
-    """
-    try:
-        with atomic_write(path) as file:
-            torch.save(to_cpu(content), file)
-    except RuntimeError as error:  # torch.save hides what happened behind a complaint about positions in the file
-        if isinstance(error.__context__, OSError):
-            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
-        raise
 
 
 def fingerprint(weights: dict[str, torch.Tensor]) -> int:
@@ -73,73 +59,28 @@ def fingerprint(weights: dict[str, torch.Tensor]) -> int:
     return sum(place * value for place, value in enumerate(torch.stack(sums).tolist(), start=1)) % 2**63
 
 
-def to_cpu(value: Any) -> Any:
-    """`value` with every tensor in its dictionaries and lists copied to the CPU, so that it loads on any machine."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_cpu(item) for item in value)
-    return value
-
-
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint file, -1 if there is none."""
     match = re.fullmatch(r"(?:model|optim)_(\d+)\.pt", path.name)
     return int(match[1]) if match else -1
 
 
-def read(path: Path) -> dict:
-    """Load a file written by `write`, verified: `torch.load` alone does not check the checksums of its zip archive.
+def load(source: str | Path) -> dict:
+    """A model with all that is known of it, on the CPU: from one of our `model_<step>.pt`, or in Hugging Face's format
+    from a folder or, by its name, from the hub (gpt/pretrained.py).
 
-    Raises UserError for a file that is missing, damaged, or not a dictionary of tensors and plain values.
+    Raises UserError for what is missing, damaged, or does not make a model.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint {str(path)!r}: pass the path of a model_<step>.pt file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-            # A flipped bit can mark an entry as a folder: torch.load then takes whatever happens to be in memory.
-            # torch.save leaves these attributes 0.
-            broken = broken or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
-        if broken:
-            raise UserError(f"checkpoint {path} is damaged (at {broken} in it)")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # what a hostile or truncated file raises is not to be foreseen
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path} is not one of ours: it holds a {type(content).__name__}, not a dictionary")
-    return content
-
-
-def build_model(checkpoint: dict, **overrides: Any) -> GPT:
-    """The model of a checkpoint, sharing its tensors; `overrides` change the configuration (dropout, say)."""
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-        model = GPT(replace(GPTConfig(**checkpoint["config"]), **overrides))
-    model.load_state_dict(checkpoint["model"], assign=True)
-    return model
-
-
-def load(path: str | Path) -> dict:
-    """The content of a `model_<step>.pt`, on the CPU.
-
-    Raises UserError for a file that is missing, damaged, or whose entries do not make a model.
-    """
-    checkpoint = read(Path(path))
+    path = Path(source)
+    checkpoint = read(path) if path.is_file() or path.suffix == ".pt" else pretrained.load(source)
     missing = [key for key in ("model", "config", "step") if key not in checkpoint]
     if missing:
         found = ", ".join(map(str, list(checkpoint)[:8]))
         raise UserError(f"checkpoint {path} is not one of ours: it has no {' and no '.join(missing)} (found: {found})")
     try:
-        if any(parameter.dtype != torch.float32 for parameter in build_model(checkpoint).parameters()):
-            raise TypeError("its weights are not float32")
-    except Exception as error:  # a configuration of anything, weights of any shape
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {path} does not make a model ({reason})") from None
+        GPT.from_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(f"checkpoint {source} {error}") from None
     return checkpoint
 
 

@@ -45,6 +45,11 @@ class Distributed:
         """Whether `flag` is true on any rank; every rank must ask."""
         return any(vote for vote, in self.all_gather(torch.tensor([float(flag)])))
 
+    def progress(self) -> None:
+        """Say that this rank is at work, where it meets the others only after a long time."""
+        if self.roll_call:
+            self.roll_call.progress()
+
     def barrier(self) -> None:
         """Wait until every rank has come this far."""
         if self.world_size > 1:

@@ -1,11 +1,14 @@
-"""The validation loss."""
+"""The loss of a model on text: on batches, and with as much context as it can have."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from gpt.distributed import Distributed
+from gpt.errors import UserError
+from gpt.loss import token_losses
 from gpt.model import GPT
 
 
@@ -29,3 +32,34 @@ def evaluate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     tokens = torch.tensor(counts, dtype=torch.float64)
     rows = dist.all_gather(torch.stack([means @ tokens, tokens.sum()]))
     return sum(total for total, _ in rows) / sum(count for _, count in rows)
+
+
+@torch.no_grad()
+def sliding_losses(model: GPT, tokens: np.ndarray, stride: int,
+                   batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (losses, targets): the cross-entropies, in nats, of `tokens` (1-D ids) in their order, and their ids.
+
+    Windows of block_size tokens begin every `stride` tokens, and each predicts those that the one before did not reach:
+    every token but the first is predicted once, after at least block_size - stride others if there are that many. At
+    stride block_size the windows do not overlap, and each leaves out its first token. These are the windows of
+    Hugging Face's guide "Perplexity of fixed-length models". Raises UserError for ids outside the vocabulary.
+    """
+    n, T = len(tokens), model.config.block_size
+    begins = range(0, max(n - T, 0) + stride, stride)  # the last one reaches the end
+    for i in range(0, len(begins), batch_size):
+        idx = np.zeros((len(begins[i:i + batch_size]), T), dtype=np.int64)  # a short last window is padded at its end
+        sources, targets = [], []
+        for b, begin in enumerate(begins[i:i + batch_size]):
+            end = min(begin + T, n)
+            first = max(begin + 1, begin - stride + T if begin else 0)  # the first token that it predicts
+            idx[b, :end - begin] = tokens[begin:end]
+            sources.append(b * T + np.arange(first, end) - begin - 1)
+            targets.append(tokens[first:end])
+        if idx.min() < 0 or idx.max() >= model.config.vocab_size:
+            raise UserError(f"the data has token ids from {idx.min()} to {idx.max()}: the model knows 0 to "
+                            f"{model.config.vocab_size - 1}; was it made with another tokenizer?")
+        target = np.concatenate(targets).astype(np.int64)
+        device = model.wte.weight.device
+        x = model.hidden(torch.from_numpy(idx).to(device)).flatten(0, 1)  # (B * T, C)
+        x = x[torch.from_numpy(np.concatenate(sources)).to(device)]
+        yield token_losses(x, model.wte.weight, torch.from_numpy(target).to(device)).double().cpu().numpy(), target

@@ -23,7 +23,7 @@ def complete(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max_ne
     for tokens in generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
                            stop_token=end):
         for row, token in zip(rows, tokens, strict=True):
-            if token is not None and token != end:
+            if token is not None and token != end and token < encoding.n_vocab:  # some vocabularies are padded
                 row.append(token)
     return [encoding.decode(row) for row in rows]
 

@@ -30,7 +30,7 @@ class RunLog:
         best = float("inf")
         if not self.enabled:
             return best
-        records = [r for r in read_metrics(self.path) if r["step"] < step + (r["split"] == "val")]
+        records = [r for r in read_metrics(self.path) if r["step"] < step + (r["split"] != "train")]
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         self.size = self.path.stat().st_size
@@ -70,6 +70,13 @@ class RunLog:
             self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity})
             self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}")
 
+    def hellaswag(self, *, step: int, **result: float) -> None:
+        """Log what `gpt.hellaswag.evaluate` found for the model after `step` updates."""
+        if self.enabled:
+            self._append({"step": step, "split": "hellaswag", **result})
+            self.print(f"hellaswag acc {result['acc']:.4f} | step: {step} | acc_norm: {result['acc_norm']:.4f} | "
+                       f"examples: {result['examples']}")
+
     def sync(self) -> None:
         """Force metrics.jsonl to disk: a checkpoint must not outlive the lines before it. Raises OSError."""
         if self.enabled:
@@ -99,6 +106,9 @@ class RunLog:
             self.size, self.unwritten = file.tell(), ""
 
 
+MEASURE = {"hellaswag": "acc"}  # what a record of a split must hold, if not a loss
+
+
 def read_metrics(path: str | Path) -> list[dict]:
     """The records of a metrics.jsonl, without lines that are broken (a killed run's last one)."""
     records = []
@@ -109,6 +119,6 @@ def read_metrics(path: str | Path) -> list[dict]:
         except ValueError:
             continue
         if isinstance(record, dict) and "split" in record and all(
-                isinstance(record.get(key), int | float) for key in ("step", "loss")):
+                isinstance(record.get(key), int | float) for key in ("step", MEASURE.get(record["split"], "loss"))):
             records.append(record)
     return records

@@ -6,12 +6,16 @@ The LM head is the token embedding itself, so it has no entry of its own.
 """
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from gpt import pretrained
 from gpt.config import GPTConfig
+from gpt.errors import UserError
 from gpt.loss import linear_cross_entropy
 
 
@@ -25,11 +29,12 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -57,8 +62,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
@@ -91,6 +96,42 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, **overrides: Any) -> "GPT":
+        """The model of a checkpoint, sharing its tensors.
+
+        `overrides` change its configuration: dropout, or a smaller block_size, which drops the later positions.
+        Raises UserError where configuration and weights do not make a model.
+        """
+        try:
+            config, weights = replace(GPTConfig(**checkpoint["config"]), **overrides), dict(checkpoint["model"])
+            layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+            if len(layers) != config.n_layer:  # before so many are made
+                raise ValueError(f"the configuration has {config.n_layer} layers, the weights have {len(layers)}")
+            if len(weights["wpe.weight"]) > config.block_size:
+                weights["wpe.weight"] = weights["wpe.weight"][:config.block_size].clone()
+            with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+                model = cls(config)
+            model.load_state_dict(weights, assign=True)
+            if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+                raise ValueError("the weights are not float32")
+        except Exception as error:  # a configuration of anything, weights of any shape
+            raise UserError(f"does not make a model ({' '.join(str(error).split())[:200]})") from None
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
+        """GPT-2 weights in Hugging Face's format: "gpt2", "gpt2-xl", another name on the hub, or a local folder.
+
+        In evaluation mode, without dropout; `overrides`: see `from_checkpoint`. Raises UserError where the weights
+        cannot be had, are damaged, or belong to a model that computes something else.
+        """
+        checkpoint = pretrained.load(name_or_path)
+        try:
+            return cls.from_checkpoint(checkpoint, **overrides).eval()
+        except UserError as error:
+            raise UserError(f"{name_or_path} {error}") from None
+
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, vocab_size) for token ids `idx` (B, T), or with `targets` (B, T) the loss, a scalar."""
         x = self.hidden(idx)
@@ -98,17 +139,20 @@ class GPT(nn.Module):
             return self.lm_head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None,
+               mask: torch.Tensor | None = None) -> torch.Tensor:
         """The final activations (B, T, n_embd) for token ids `idx` (B, T).
 
+        positions (B, T): where each token stands, below block_size; 0 to T - 1 unless given. mask (B, 1, T, T): true
+        where a query (third dimension) sees a key; causal unless given.
         Raises ValueError for more positions than block_size.
         """
         T = idx.shape[1]
-        if self.config.block_size < T:
+        if positions is None and self.config.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}: crop the context")
-        x = self.drop(self.wte(idx) + self.wpe.weight[:T])  # (B, T, C)
+        x = self.drop(self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions)))  # (B, T, C)
         for block in self.h:
-            x = block(x)
+            x = block(x, mask)
         return self.ln_f(x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:

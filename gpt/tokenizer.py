@@ -32,3 +32,44 @@ def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
         special_tokens={"<|endoftext|>": 50256},
         explicit_n_vocab=50257,
     )
+
+
+def vocabulary(encoding: tiktoken.Encoding) -> dict[str, int]:
+    """Every token, special ones too, with its id, as GPT-2's vocab.json has them."""
+    special = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+    return {printable(token): rank for token, rank in ranks(encoding).items()} | special
+
+
+def merges(encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
+    """The pair that each longer token was merged from, in order, as GPT-2's merges.txt has them.
+
+    A table of ranks holds them implicitly: merge a token's bytes by the ranks below its own, and two parts remain.
+    """
+    known = ranks(encoding)
+    pairs = []
+    for token, rank in known.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            merged = [known.get(left + right, rank) for left, right in zip(parts, parts[1:], strict=False)]
+            at = merged.index(min(merged))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            pairs.append((printable(parts[0]), printable(parts[1])))
+    return pairs
+
+
+def ranks(encoding: tiktoken.Encoding) -> dict[bytes, int]:
+    """The tokens that are not special with their ids, in the order in which byte-pair encoding prefers them."""
+    special = {encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+    return {encoding.decode_single_token_bytes(rank): rank for rank in range(encoding.n_vocab) if rank not in special}
+
+
+def printable(token: bytes) -> str:
+    """A token's bytes as GPT-2's files write them, one character each: the printable ones of Latin-1 as they are, the
+    other 68 as U+0100 and up."""
+    return "".join(BYTE_LETTERS[byte] for byte in token)
+
+
+SHOWN = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
+BYTE_LETTERS = [chr(byte if byte in SHOWN else 256 + HIDDEN.index(byte)) for byte in range(256)]

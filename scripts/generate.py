@@ -1,14 +1,10 @@
 """Write text with a trained model: python -m scripts.generate --prompt "Once upon a time" """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from gpt import checkpoint
 from gpt.distributed import select_device
 from gpt.errors import UserError
 from gpt.generation import complete
-from gpt.tokenizer import get_tokenizer
 from scripts import command_line
 
 
@@ -19,7 +15,7 @@ class GenerateConfig:
     prompt: str = "\n"
     """beginning of the text; <|endoftext|> in it is the token"""
     checkpoint: str | None = None
-    """a model_<step>.pt; without it the newest one in log_dir"""
+    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
     log_dir: str = "log"
     """folder of a run, where the newest checkpoint is taken from"""
     max_new_tokens: int = 200
@@ -42,26 +38,10 @@ def main(config: GenerateConfig) -> None:
     """Load a checkpoint and print continuations of the prompt; which checkpoint it was goes to standard error."""
     check(config)
     device = select_device(config.device)
-    path, content = find(config)
-    model = checkpoint.build_model(content).to(device)
-    if not content.get("tokenizer"):
-        raise UserError(f"{path} was trained on token ids of no known tokenizer: it can be sampled from Python only")
-    encoding = get_tokenizer(content["tokenizer"])
-    print(f"{path}: step {content['step']}", file=sys.stderr)
+    _, model, encoding = command_line.load_model(config.checkpoint, config.log_dir, device)
     texts = complete(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
                      temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     print("\n---\n".join(texts))
-
-
-def find(config: GenerateConfig) -> tuple[Path, dict]:
-    """The checkpoint to use: the one named, or the newest in log_dir. Raises UserError if there is none."""
-    if config.checkpoint is not None:
-        return Path(config.checkpoint), checkpoint.load(config.checkpoint)
-    newest = checkpoint.newest(config.log_dir, report=lambda line: print(line, file=sys.stderr))
-    if newest is None:
-        raise UserError(f"no checkpoint in log_dir {config.log_dir!r}: train one with `python -m scripts.train`, or "
-                        f"pass --checkpoint")
-    return newest[0], newest[1]
 
 
 def check(config: GenerateConfig) -> None:

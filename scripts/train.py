@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt import checkpoint, distributed
+from gpt import checkpoint, distributed, hellaswag
 from gpt.atomic import atomic_write
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
@@ -45,9 +45,9 @@ class TrainConfig:
     log_dir: str = "log"
     """folder for checkpoints and metrics; a run found there is continued"""
     init_from: str = "scratch"
-    """"scratch", or a checkpoint whose weights and shape a new run starts from"""
+    """"scratch", or what gives a new run its weights and shape: a model_<step>.pt, a folder or name of Hugging Face"""
     model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
-    """shape of a new model; block_size 0: seq_len, vocab_size 0: as the data says"""
+    """shape of a new model; block_size 0: seq_len, or as in init_from; vocab_size 0: as the data says"""
 
     total_batch_size: int = 32768
     """tokens in a step, over all micro-steps and processes"""
@@ -87,6 +87,12 @@ class TrainConfig:
     """beginnings of the sample texts"""
     sample_tokens: int = 100
     """tokens in a sample"""
+    hellaswag_every: int = 0
+    """steps between evaluations on HellaSwag; 0: none"""
+    hellaswag_data: str | None = None
+    """its examples, a .jsonl file; without it Rowan/hellaswag of the hub, validation"""
+    hellaswag_limit: int = 0
+    """use its first examples only; 0: all 10,042"""
     log_every: int = 1
     """steps between lines on the console (metrics.jsonl has every step)"""
 
@@ -130,10 +136,14 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     log.print(f"using device: {device}")
     if config.sample_every and not encoding:
         log.print(f"no tokenizer is known for these {vocab_size} token ids: there will be no samples of text")
+    if config.hellaswag_every and not encoding:
+        raise UserError(f"hellaswag_every is {config.hellaswag_every}, but no tokenizer is known for these "
+                        f"{vocab_size} token ids: leave it 0")
+    examples = hellaswag.load_examples(config.hellaswag_data, config.hellaswag_limit) if config.hellaswag_every else []
 
     # The model, and where the run stands: at the newest checkpoint in log_dir, if there is one.
     last_saved, saved, saved_optim = checkpoint.newest(log_dir, log.print, resumable=True) or (None, None, None)
-    model = starting_model(config, vocab_size, saved)
+    model = starting_model(config, vocab_size, tokenizer, saved)
     step = first_step = saved["step"] if saved else 0
     dist.check_same({**asdict(config), "step": step, "train windows": train_loader.n_windows},
                     "start all with the same flags, the same data and one log_dir that all of them see")
@@ -164,7 +174,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     done_step = -1  # the step whose validation and checkpoint are there already
     if saved:
         checkpoint.load_optimizers(saved_optim, optimizers, scaler)
-        if saved.get("val_loss") is not None or not due(config.eval_every, step, config.max_steps):
+        if all(saved.get(result) is not None or not due(every, step, config.max_steps) for result, every in (
+                ("val_loss", config.eval_every), ("hellaswag", config.hellaswag_every))):
             done_step = step
         changed = checkpoint.changed_settings(saved, settings, train_loader.n_windows)
         log.print(f"resuming from {last_saved} at step {step} of {config.max_steps}"
@@ -181,8 +192,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         finished = step == config.max_steps
         evaluating = due(config.eval_every, step, config.max_steps) and (finished or not stopping)
         sampling = due(config.sample_every, step, config.max_steps) and (finished or not stopping)
+        choosing = due(config.hellaswag_every, step, config.max_steps) and (finished or not stopping)
         if step != done_step:
-            val_loss = None
+            val_loss = accuracy = None
             if evaluating:
                 val_loss = evaluate(model, val_loader.eval_batches(config.eval_tokens), autocast, dist)
                 check_finite(f"step {step}: validation loss {val_loss}", val_loss, config, last_saved)
@@ -191,7 +203,10 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                 for text in complete(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
                                      top_k=200, seed=config.seed):
                     log.print(f"--- sample at step {step} ---\n{text.strip()}\n---")
-            if evaluating or sampling:
+            if choosing:
+                accuracy = hellaswag.evaluate(model, encoding, examples, dist)
+                log.hellaswag(step=step, **accuracy)
+            if evaluating or sampling or choosing:
                 stopping = dist.any(stopping or stop.signum > 0)  # it took a while
             saving = due(config.save_every, step, config.max_steps) or step == 0 or finished or stopping
             if saving:
@@ -201,8 +216,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                                 f"is faulty, nothing is saved; go on from {last_saved} without that machine",
                                 alike=distributed.processor(device))
             if dist.is_master:
-                about = dict(step=step, val_loss=val_loss, tokenizer=tokenizer, train_config=settings,
-                             train_windows=train_loader.n_windows)
+                about = dict(step=step, val_loss=val_loss, hellaswag=accuracy, tokenizer=tokenizer,
+                             train_config=settings, train_windows=train_loader.n_windows)
                 try:
                     if val_loss is not None and val_loss < best_loss:
                         checkpoint.save_model(log_dir / "model_best.pt", model, **about)
@@ -278,7 +293,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
 def check(config: TrainConfig) -> None:
     """Raise UserError for a number that cannot be meant and for a log_dir that cannot be written to."""
     for name in ("max_steps", "seed", "warmup_steps", "weight_decay", "grad_clip", "min_lr_ratio", "eval_every",
-                 "save_every", "sample_every"):
+                 "save_every", "sample_every", "hellaswag_every", "hellaswag_limit"):
         if not 0 <= getattr(config, name) < 2**63:
             raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")
     for name in ("max_lr", "eval_tokens", "sample_tokens", "log_every", "rank_timeout"):
@@ -298,7 +313,7 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"log_dir {config.log_dir!r} cannot be written to: pass another one, or change its permissions")
 
 
-def starting_model(config: TrainConfig, vocab_size: int, saved: dict | None) -> GPT:
+def starting_model(config: TrainConfig, vocab_size: int, tokenizer: str | None, saved: dict | None) -> GPT:
     """The model to begin with, on the CPU: of the checkpoint `saved` in log_dir, else as init_from says.
 
     Raises UserError where a checkpoint does not fit the settings.
@@ -308,16 +323,28 @@ def starting_model(config: TrainConfig, vocab_size: int, saved: dict | None) -> 
         raise UserError(f"log_dir {config.log_dir!r} holds a run that began with init_from {began}, not with "
                         f"{config.init_from}: pass another --log_dir to begin a new run")
     wanted = replace(config.model, vocab_size=vocab_size, block_size=config.model.block_size or config.seq_len)
-    if saved or config.init_from != "scratch":
-        model = checkpoint.build_model(saved or checkpoint.load(config.init_from), dropout=wanted.dropout)
-    else:
+    if saved:
+        model = GPT.from_checkpoint(saved, dropout=wanted.dropout)
+        there, here = asdict(model.config), asdict(wanted)
+        if config.init_from != "scratch":  # all else comes from there
+            here = {"block_size": config.model.block_size or there["block_size"]}
+        differences = [f"{name} {there[name]} there, {here[name]} here" for name in here if here[name] != there[name]]
+        if differences:
+            raise UserError(f"log_dir {config.log_dir!r} holds a run of another shape ({'; '.join(differences)}): pass "
+                            f"its settings to go on with it, or another --log_dir to begin a new run")
+    elif config.init_from == "scratch":
         torch.manual_seed(config.seed)
         model = GPT(wanted)
-    there, here = asdict(model.config), asdict(wanted)
-    differences = [f"{name} {there[name]} there, {here[name]} here" for name in here if here[name] != there[name]]
-    if differences and config.init_from == "scratch":
-        raise UserError(f"log_dir {config.log_dir!r} holds a run of another shape ({'; '.join(differences)}): pass its "
-                        f"settings to go on with it, or another --log_dir to begin a new run")
+    else:
+        start = checkpoint.load(config.init_from)
+        longest, theirs = start["config"]["block_size"], start.get("tokenizer")
+        if config.model.block_size > longest:
+            raise UserError(f"model.block_size {config.model.block_size} is more than the {longest} positions of "
+                            f"{config.init_from}: they can be cut off, not made up")
+        if theirs != tokenizer:
+            raise UserError(f"{config.init_from} has the tokenizer {theirs}, the data in {config.data_root!r} has "
+                            f"{tokenizer}: prepare the data with the tokenizer of the model")
+        model = GPT.from_checkpoint(start, dropout=wanted.dropout, block_size=config.model.block_size or longest)
     if model.config.vocab_size < vocab_size:
         raise UserError(f"{config.init_from} knows {model.config.vocab_size} tokens, the data in {config.data_root!r} "
                         f"has {vocab_size}: prepare the data with the tokenizer of the checkpoint")

@@ -60,7 +60,7 @@ def test_what_a_run_prints_and_leaves(finished):
 def test_the_validation_loss_is_the_plain_mean(finished, data_root):
     """Over the first eval_tokens of the val split, by the plain formula on full logits."""
     log_dir, _ = finished
-    model = checkpoint.build_model(checkpoint.load(log_dir / "model_00020.pt")).eval()
+    model = GPT.from_checkpoint(checkpoint.load(log_dir / "model_00020.pt")).eval()
     tokens = torch.tensor(np.load(data_root / "val_00000.npy").astype(np.int64))[:513]
     with torch.no_grad():
         logits = model(tokens[:512].view(16, 32)).double()

@@ -1,0 +1,202 @@
+"""GPT-2 in Hugging Face's format: weights in, from the hub or a folder, and out, for every tool that loads a GPT-2.
+
+A folder holds `config.json`, the weights and the tokenizer. Its names are ours behind `transformer.`; the four matrices
+of a block come from a layer called Conv1D and are stored (in, out): they are transposed here and nowhere else.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gpt import serialization
+from gpt.config import GPTConfig
+from gpt.errors import UserError
+from gpt.tokenizer import get_tokenizer, merges, vocabulary
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# What a config.json may say about things that gpt/model.py computes in one way only. Left out means the first.
+COMPUTED_HERE = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # three names of GELU's tanh form
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+# Entries of weight files that hold nothing to learn: causal masks, and the LM head, which is wte.
+IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")
+
+INSTEAD = ("pass a name on the hub like gpt2, a folder that transformers or scripts.export wrote, or the path of a "
+           "model_<step>.pt")
+
+
+def load(name_or_path: str | Path) -> dict:
+    """The weights and the shape of a GPT-2 as a checkpoint of step 0, float32 on the CPU; each tensor is read once.
+
+    `tokenizer` is "gpt2" if the folder's is GPT-2's, or if it has none and the size of the vocabulary is GPT-2's.
+    Raises UserError where the weights cannot be had, are damaged, or belong to a model that computes something else.
+    """
+    folder = find_folder(name_or_path)
+    config = read_config(folder / "config.json")
+    weights = {}
+    for name, tensor in read_tensors(folder):
+        name = name.removeprefix("transformer.")
+        if IGNORED.fullmatch(name):
+            continue
+        floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if not (floating and tensor.sum(dtype=torch.float32).isfinite()):
+            raise UserError(f"{name} in {folder} does not hold finite floating-point numbers: the file is damaged, or "
+                            f"of a quantized model")
+        transposed = name.endswith(TRANSPOSED) and tensor.ndim == 2
+        weights[name] = (tensor.t() if transposed else tensor).float().contiguous()
+    return {"model": weights, "config": asdict(config), "step": 0, "tokenizer": find_tokenizer(folder, config)}
+
+
+def find_folder(name_or_path: str | Path) -> Path:
+    """The folder that holds a model: `name_or_path` itself, or where the hub's files are kept on this machine.
+
+    Raises UserError for a folder without config.json and for a name that the hub does not hand out.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{str(folder)!r} has no config.json: {INSTEAD}")
+        return folder
+    from huggingface_hub import errors, snapshot_download  # 0.3 s, and most runs need no hub
+
+    try:
+        files = ["config.json", "vocab.json", "tokenizer.json"]
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=[*files, "model*.safetensors*"]))
+        if not weight_files(folder):
+            folder = Path(snapshot_download(str(name_or_path), allow_patterns=[*files, "pytorch_model*.bin*"]))
+    except Exception as error:  # of the network, the hub, the disk, or a name that cannot be one
+        known = {errors.GatedRepoError: "its terms must be accepted there first, then run `hf auth login`",
+                 errors.RepositoryNotFoundError: "it is not there, or it is private: then run `hf auth login`",
+                 errors.LocalEntryNotFoundError: "no connection to it, and no copy from earlier"}
+        reason = next((words for kind, words in known.items() if isinstance(error, kind)),
+                      str(error).strip().split("\n")[0][:200])
+        raise UserError(f"{str(name_or_path)!r} is not a folder here, and cannot be had from the Hugging Face hub "
+                        f"({reason}): {INSTEAD}") from None
+    return folder
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The shape that a config.json describes. Raises UserError, by name, for what gpt/model.py does not compute."""
+    try:
+        settings = json.loads(path.read_bytes())
+        shape = {ours: settings.get(theirs, default) for ours, theirs, default in (
+            ("block_size", "n_positions", 1024), ("vocab_size", "vocab_size", 50257), ("n_layer", "n_layer", 12),
+            ("n_head", "n_head", 12), ("n_embd", "n_embd", 768))}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a model's configuration ({error})") from None
+    for name, value in shape.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{path} has {name} {value!r}: expected a whole number above 0")
+    for name, accepted in {**COMPUTED_HERE, "n_inner": (None, 4 * shape["n_embd"])}.items():
+        if settings.get(name, accepted[0]) not in accepted:
+            raise UserError(f"{path} has {name} {settings[name]!r}: this GPT-2 computes {accepted[0]!r} only")
+    return GPTConfig(**shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: safetensors before pickles, in one file or, with an index, in several.
+
+    Raises UserError for an index that is not one or names files that are not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is not an index of weight files ({error!r})") from None
+            if missing:
+                raise UserError(f"{index} names {missing[0]!r}, which is not in that folder")
+            return [folder / name for name in names]
+    return []
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of a folder, one at a time. Raises UserError for damaged files, and where there are none."""
+    files = weight_files(folder)
+    if not files:
+        raise UserError(f"{str(folder)!r} has no model.safetensors and no pytorch_model.bin: {INSTEAD}")
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                # Not mapped into memory, where the pages of what is transposed would be counted twice.
+                with safe_open(path, "pt", backend="pread") as file:
+                    for name in file.keys():  # noqa: SIM118, it is no dictionary
+                        yield name, file.get_tensor(name)
+            else:
+                # OpenAI's own sizes were saved before torch.save wrote zip archives, and have no checksums.
+                tensors = (serialization.read(path) if zipfile.is_zipfile(path)
+                           else torch.load(path, map_location="cpu", weights_only=True))
+                while tensors:
+                    yield tensors.popitem()
+        except UserError:
+            raise
+        except Exception as error:  # what a hostile or truncated file raises is not to be foreseen
+            reason = re.split(r"\. |\n", str(error))[0][:150]
+            raise UserError(f"{path} is damaged or not a weight file ({reason})") from None
+
+
+def find_tokenizer(folder: Path, config: GPTConfig) -> str | None:
+    """"gpt2" if that is the tokenizer of a model's folder, else None."""
+    path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()), None)
+    if path is None:
+        return "gpt2" if config.vocab_size == get_tokenizer().n_vocab else None
+    try:
+        theirs = json.loads(path.read_bytes())
+        theirs = theirs if path.name == "vocab.json" else theirs["model"]["vocab"]
+        return "gpt2" if vocabulary(get_tokenizer()).items() <= theirs.items() else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a tokenizer's vocabulary ({error!r})") from None
+
+
+def save(checkpoint: dict, folder: Path) -> None:
+    """Write the model of a checkpoint into `folder`, in float32: its weights are taken out of `checkpoint` on the way.
+
+    Raises OSError, of a full disk for one.
+    """
+    config, weights = checkpoint["config"], checkpoint["model"]
+    encoding = get_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token if encoding else None)
+    settings = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32",
+        "n_positions": config["block_size"], "n_ctx": config["block_size"],  # the older name, which llama.cpp reads
+        **{name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config["dropout"]),
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+        **ends}
+    for name, content in (("config.json", settings), ("generation_config.json", ends)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    if encoding:
+        from transformers import GPT2Tokenizer  # seconds
+
+        tokenizer = GPT2Tokenizer(vocabulary(encoding), merges(encoding), model_max_length=config["block_size"])
+        tokenizer.save_pretrained(folder)
+    theirs = {}
+    while weights:
+        name, tensor = weights.popitem()
+        theirs[f"transformer.{name}"] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    path = folder / "model.safetensors"
+    try:
+        save_file(theirs, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # an OSError in disguise
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error), str(path)) from None
+    path.chmod((folder / "config.json").stat().st_mode)  # it is made for this user's eyes only

@@ -1,0 +1,52 @@
+"""Accuracy of a model on HellaSwag: python -m scripts.eval_hellaswag, or torchrun … scripts/eval_hellaswag.py"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as `torchrun scripts/eval_hellaswag.py`: imports start at the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from gpt import distributed, hellaswag
+from gpt.atomic import atomic_write
+from gpt.errors import UserError
+from scripts import command_line
+
+
+@dataclass
+class HellaSwagConfig:
+    """Settings of scripts.eval_hellaswag."""
+
+    checkpoint: str | None = None
+    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
+    log_dir: str = "log"
+    """folder for hellaswag.json, and where the newest checkpoint is taken from"""
+    data: str | None = None
+    """examples in the original format, a .jsonl file; without it Rowan/hellaswag of the hub, validation"""
+    limit: int = 0
+    """use the first examples only; 0: all"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+
+
+def main(config: HellaSwagConfig) -> None:
+    """Score the examples, shared out over the processes, print the accuracies and write log_dir/hellaswag.json."""
+    if config.limit < 0:
+        raise UserError(f"limit is {config.limit}: it must be 0 (all) or more")
+    with distributed.joined(config.device, rank_timeout=3600) as dist:
+        examples = hellaswag.load_examples(config.data, config.limit)
+        source, model, encoding = command_line.load_model(config.checkpoint, config.log_dir, dist.device)
+        result = hellaswag.evaluate(model, encoding, examples, dist, show_bar=True)
+        if dist.is_master:
+            path = Path(config.log_dir) / "hellaswag.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                about = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation"}
+                file.write(json.dumps(about | result, indent=2).encode() + b"\n")
+            print(f"{result['examples']} examples | acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
+                  f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {path}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, HellaSwagConfig)

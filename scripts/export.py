@@ -1,0 +1,73 @@
+"""Write a trained model as a folder that Hugging Face's tools load: python -m scripts.export --out my_gpt2"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from gpt import pretrained
+from gpt.errors import UserError
+from gpt.metrics import read_metrics
+from gpt.shards import read_meta
+from scripts import command_line
+
+
+@dataclass
+class ExportConfig:
+    """Settings of scripts.export."""
+
+    out: str
+    """folder to write; it must not be there yet, or be empty"""
+    checkpoint: str | None = None
+    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
+    log_dir: str = "log"
+    """folder of a run, where the newest checkpoint is taken from"""
+
+
+def main(config: ExportConfig) -> None:
+    """Write config.json, generation_config.json, model.safetensors, the tokenizer and a model card: all or nothing."""
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out {config.out!r} is there already and is not empty: pass another folder, or delete it")
+    source, checkpoint = command_line.find_checkpoint(config.checkpoint, config.log_dir)
+    card = model_card(Path(source), checkpoint)
+    aside = out.absolute().with_name(f".{out.absolute().name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+    try:
+        aside.mkdir(parents=True)
+        pretrained.save(checkpoint, aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if not checkpoint.get("tokenizer"):
+        print("it was trained on token ids of no known tokenizer: the folder has no tokenizer either")
+    print(f"wrote {out}: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
+
+
+def model_card(source: Path, checkpoint: dict) -> str:
+    """What is known of a checkpoint, as the README.md of its folder: data, tokens, losses and the run's settings."""
+    shape, step, settings = checkpoint["config"], checkpoint["step"], checkpoint.get("train_config") or {}
+    parameters = sum(tensor.numel() for tensor in checkpoint["model"].values())
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+             f"# {source.stem}", "",
+             f"A GPT-2 of {parameters:,} parameters: {shape['n_layer']} layers, {shape['n_head']} heads, width "
+             f"{shape['n_embd']}, context {shape['block_size']} tokens, vocabulary {shape['vocab_size']:,}.", ""]
+    if settings:
+        data = read_meta(settings["data_root"]).get("source")
+        lines += [f"Trained on `{settings['data_root']}`{f' ({data})' if data else ''} for {step:,} steps of "
+                  f"{settings['total_batch_size']:,} tokens, {step * settings['total_batch_size']:,} in all, starting "
+                  f"from {settings['init_from']}.", "", "| loss | nats per token |", "|---|---|"]
+        before = [record["loss"] for record in read_metrics(source.with_name("metrics.jsonl"))
+                  if record["split"] == "train" and record["step"] == step - 1]
+        lines += [f"| training, last step | {loss:.4f} |" for loss in before]
+        if checkpoint.get("val_loss") is not None:
+            lines += [f"| validation | {checkpoint['val_loss']:.4f} |"]
+        lines += ["", "Settings of the run:", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    command_line.run(main, ExportConfig)

@@ -1,0 +1,80 @@
+"""Compare our GPT-2 with transformers' on the same weights: python -m scripts.validate --model gpt2 --prompt "Hi" """
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpt import checkpoint, pretrained
+from gpt.errors import UserError
+from gpt.generation import generate
+from gpt.model import GPT
+from gpt.tokenizer import get_tokenizer
+from scripts import command_line
+
+TOLERANCE = 1e-4  # of logits in float32
+
+
+@dataclass
+class ValidateConfig:
+    """Settings of scripts.validate."""
+
+    model: str
+    """name on the Hugging Face hub, a folder, or one of our model_<step>.pt"""
+    prompt: str = "Hello world"
+    """text that both models read and continue"""
+    max_new_tokens: int = 20
+    """tokens of the greedy continuation"""
+    top: int = 5
+    """rows of the table of next tokens"""
+
+
+def main(config: ValidateConfig) -> int:
+    """Print the comparison; returns 0 if the models agree, else 1."""
+    if config.max_new_tokens < 1 or config.top < 1:
+        raise UserError(f"max_new_tokens is {config.max_new_tokens} and top is {config.top}: both must be 1 or more")
+    from transformers import GPT2LMHeadModel, logging  # seconds
+    logging.disable_progress_bar()
+
+    content = checkpoint.load(config.model)
+    ours = GPT.from_checkpoint(content).eval()
+    encoding = get_tokenizer(content.get("tokenizer") or "gpt2")
+    prompt = encoding.encode(config.prompt, allowed_special="all")
+    room = ours.config.block_size - len(prompt)
+    if not prompt or room < 1 or max(prompt) >= ours.config.vocab_size:
+        raise UserError(f"the prompt has {len(prompt)} tokens: it must have at least one and fewer than block_size "
+                        f"{ours.config.block_size}, with ids below vocab_size {ours.config.vocab_size}")
+    with tempfile.TemporaryDirectory() as folder:
+        if Path(config.model).is_file():
+            pretrained.save(content, Path(folder))
+        else:
+            folder = pretrained.find_folder(config.model)
+        theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+    with torch.no_grad():
+        idx = torch.tensor([prompt])
+        logits, reference = ours(idx)[0], theirs(idx).logits[0]  # each (T, vocab_size)
+    difference = (logits - reference).abs().max().item()
+    def text(tokens: list[int]) -> str:
+        return encoding.decode([token for token in tokens if token < encoding.n_vocab])  # some vocabularies are padded
+
+    print(f"{config.model}: largest difference of {logits.numel():,} logits: {difference:.2e}")
+    print(f"\n{'here':<30} transformers")
+    best, their_best = (each[-1].softmax(0).topk(config.top) for each in (logits, reference))
+    for pair in zip(zip(*best, strict=True), zip(*their_best, strict=True), strict=True):
+        print(" ".join(f"{p.item():8.4%} {text([token.item()])!r:<20}" for p, token in pair).rstrip())
+
+    new_tokens = min(config.max_new_tokens, room)
+    mine = [token for token, in generate(ours, [prompt], new_tokens, temperature=0, stop_token=encoding.eot_token)]
+    other = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=new_tokens,
+                            eos_token_id=encoding.eot_token, pad_token_id=encoding.eot_token)[0, len(prompt):].tolist()
+    print(f"\nhere:         {text(prompt + mine)!r}\ntransformers: {text(prompt + other)!r}\n")
+    agree = difference <= TOLERANCE and mine == other
+    print(f"they {'agree' if agree else 'DISAGREE'}: expected are logits that differ by at most {TOLERANCE:g}, and the "
+          f"same {new_tokens} greedy tokens")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    command_line.run(main, ValidateConfig)
