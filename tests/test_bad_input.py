@@ -129,7 +129,7 @@ CASES = [
     ((*GENERATE, "--log_dir", "{}/empty"), ["no checkpoint in log_dir", "scripts.train"]),
     ((*GENERATE, "--checkpoint", "{}/missing.pt"), ["no checkpoint", "missing.pt"]),
     ((*GENERATE, "--checkpoint", "{}/cut.pt"), ["cut.pt", "damaged"]),
-    ((*GENERATE, "--checkpoint", "{}/text.pt"), ["text.pt", "not a checkpoint"]),
+    ((*GENERATE, "--checkpoint", "{}/text.pt"), ["text.pt", "not a .pt file"]),
     ((*GENERATE, "--checkpoint", "{}/other.pt"), ["other.pt", "not one of ours"]),
     ((*GENERATE, "--checkpoint", "{}/no_tokenizer.pt"), ["no known tokenizer"]),
     ((*GENERATE, "--checkpoint", "{}/small_vocabulary.pt", "--prompt", "world"), ["prompt 'world'", "100 tokens"]),
