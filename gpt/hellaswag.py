@@ -208,7 +208,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
     was_training = model.training
     model.eval()
     mine = examples[dist.rank::dist.world_size]
-    labels, right = torch.tensor([example.label for example in mine], dtype=torch.int64), torch.zeros(2)
+    labels, right = torch.tensor([example.label for example in mine]), torch.zeros(2)
     no_bar = None if show_bar and dist.is_master else True  # None: unless standard error is a terminal
     with tqdm(total=len(mine), unit="example", disable=no_bar, dynamic_ncols=True) as bar:
         def report(index: int, scores: torch.Tensor) -> None:
@@ -222,7 +222,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
             predictions = predict(model, encoding, mine, batch_tokens, fast_dtype(dist.device), report)
             right = (predictions == labels[:, None]).sum(0)
     model.train(was_training)
-    counts = dist.all_gather(torch.tensor([*right.tolist(), len(mine)]))
+    counts = dist.all_gather(torch.tensor([*right.tolist(), len(mine)], dtype=torch.float32))
     right_sum, right_mean, n = (round(sum(column)) for column in zip(*counts, strict=True))
     result: dict = {"examples": n}
     for name, p in (("acc", right_sum / n), ("acc_norm", right_mean / n)):

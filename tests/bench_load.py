@@ -40,6 +40,13 @@ def make(folder: str, size: str, kind: str) -> None:
         torch.save(tensors, Path(folder) / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
 
 
+def measure(folder: str | Path) -> tuple[float, float, float]:
+    """Load a folder in a fresh process: seconds, growth of the peak memory, size of the weights in bytes."""
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=True)
+    seconds, peak, weights = map(float, done.stdout.split())
+    return seconds, peak, weights
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["gpt2"])
@@ -49,8 +56,7 @@ def main() -> None:
         for kind in arguments.kinds:
             with tempfile.TemporaryDirectory() as folder:
                 make(folder, size, kind)
-                done = subprocess.run([sys.executable, "-c", LOAD, folder], capture_output=True, text=True, check=True)
-            seconds, peak, weights = map(float, done.stdout.split())
+                seconds, peak, weights = measure(folder)
             print(f"{size}, {kind}: {weights / 1e9:.2f} GB of weights, peak {peak / 1e9:.2f} GB = "
                   f"{peak / weights:.2f} x, {seconds:.1f} s", flush=True)
 

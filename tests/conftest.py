@@ -50,6 +50,22 @@ def byte_data(tmp_path_factory) -> Path:
     return folder
 
 
+def random_gpt2(folder: Path, **config) -> Path:
+    """A folder with a random GPT-2 of transformers: weights large enough for logits that differ clearly."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    settings = dict(n_layer=2, n_head=3, n_embd=24, n_positions=48, initializer_range=0.1) | config
+    GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> Path:
+    """A random GPT-2 with GPT-2's vocabulary, as transformers saves it."""
+    return random_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
 def command(*words: str) -> list[str]:
     """`python …` with this interpreter; `torchrun …` as its module, which needs no PATH."""
     if words[0] == "torchrun":

@@ -1,0 +1,152 @@
+"""gpt/hellaswag.py: the same predictions as the usual way, and the command."""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+from gpt import hellaswag
+from gpt.config import GPTConfig
+from gpt.distributed import Distributed
+from gpt.model import GPT
+from tests import plain_hellaswag
+from tests.bench_hellaswag import make_examples
+from tests.conftest import TINY, Fork, assert_refused, metrics, run, run_ranks, start
+
+DATA = Path(__file__).parent / "data" / "hellaswag.jsonl"  # our own examples in the original format
+
+
+# A tokenizer of single bytes: fast, and its sequences are four times as long.
+BYTES = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
+                          special_tokens={"<|endoftext|>": 256})
+
+
+def model(block_size=1024, std=0.1):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(block_size=block_size, vocab_size=257, n_layer=2, n_head=4, n_embd=48)).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return net
+
+
+@pytest.mark.parametrize("block_size, rows", [(1024, {1}), (300, {1, 4}), (100, {1, 4}), (12, {4}), (1, {4})])
+def test_predictions_are_those_of_the_usual_way(block_size, rows):
+    """One ending at a time over full logits gives the same scores and choices, with contexts and endings cut too."""
+    net, examples = model(block_size), hellaswag.load_examples(str(DATA)) + make_examples(12)
+    expected = [plain_hellaswag.predict(net, BYTES, example) for example in examples]
+    groups = [hellaswag.make_rows(i, example, BYTES, block_size) for i, example in enumerate(examples)]
+    assert {len(group) for group in groups} == rows
+    for batch_tokens in (1, 3000, 100_000):
+        scores = dict(hellaswag.score(net, groups, batch_tokens))
+        for i, (_, _, sums, means) in enumerate(expected):
+            assert torch.allclose(scores[i], torch.stack([sums, means]), rtol=1e-5, atol=1e-4), (i, batch_tokens)
+        predictions = hellaswag.predict(net, BYTES, examples, batch_tokens, torch.float32)
+        assert predictions.tolist() == [list(choice[:2]) for choice in expected]
+        assert len(set(predictions.flatten().tolist())) > 1
+
+
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_a_first_pass_in_half_precision_changes_no_prediction(std, monkeypatch):
+    """What bfloat16 alone gets wrong, or might, float32 decides; most examples it need not look at again."""
+    net, examples = model(std=std), make_examples(300)
+    exact = hellaswag.predict(net, BYTES, examples, 8192, torch.float32)
+    scored, score = [], hellaswag.score
+    monkeypatch.setattr(hellaswag, "score", lambda net, groups, n: scored.append(len(groups)) or score(net, groups, n))
+    rough = {}
+    both = hellaswag.predict(net, BYTES, examples, 8192, torch.bfloat16, rough.__setitem__)
+    assert torch.equal(both, exact)
+    assert sorted(rough) == list(range(300)) and scored[0] == 300 and sum(scored[1:]) < 150
+    if std == 0.3:
+        rough = torch.stack([rough[i].argmin(1) for i in range(300)])
+        assert not torch.equal(rough, exact), "bfloat16 alone was right: this test shows nothing"
+
+
+def test_labels_are_only_used_to_count():
+    """Accuracy is the share of predictions that equal the labels; standard errors are those of a proportion."""
+    net, examples = model(), make_examples(30)
+    predictions = hellaswag.predict(net, BYTES, examples, 1000, torch.float32)
+    result = hellaswag.evaluate(net, BYTES, examples, Distributed(0, 1, torch.device("cpu")))
+    labels = torch.tensor([example.label for example in examples])
+    for name, column in (("acc", 0), ("acc_norm", 1)):
+        p = (predictions[:, column] == labels).double().mean().item()
+        assert result[name] == pytest.approx(p)
+        assert result[f"{name}_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 29))
+    assert result["examples"] == 30
+
+
+@pytest.fixture(scope="module")
+def log_dir(data_root, tmp_path_factory):
+    """A short run that looks at HellaSwag at steps 2 and 4, and at the end."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", folder, *TINY, "--max_steps", "5",
+               "--sample_every", "0", "--eval_every", "0", "--hellaswag_every", "2", "--hellaswag_data", DATA)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hellaswag acc ") == 3 and "| examples: 8" in done.stdout
+    return folder
+
+
+def test_training_looks_at_it(log_dir):
+    """The record in metrics.jsonl is what the command says of the same checkpoint."""
+    records = metrics(log_dir, "hellaswag")
+    assert sorted(records) == [2, 4, 5] and records[5]["examples"] == 8
+    done = run("-m", "scripts.eval_hellaswag", "--log_dir", log_dir, "--data", DATA)
+    assert done.returncode == 0 and "8 examples | acc " in done.stdout, done.stderr
+    result = json.loads((log_dir / "hellaswag.json").read_text())
+    assert result["checkpoint"].endswith("model_00005.pt") and result["data"] == str(DATA)
+    assert {name: result[name] for name in ("acc", "acc_norm", "acc_stderr")} == {
+        name: records[5][name] for name in ("acc", "acc_norm", "acc_stderr")}
+
+
+def test_ranks_share_the_examples(log_dir, tmp_path):
+    """Each example once, whatever the number of processes, also where a process has none."""
+    words = ["--data", DATA, "--device", "cpu", "--checkpoint", log_dir / "model_00005.pt", "--log_dir", tmp_path]
+
+    def result(done):
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "hellaswag.json").read_text())
+
+    one = result(run("-m", "scripts.eval_hellaswag", *words))
+    assert one["examples"] == 8
+    assert result(run("torchrun", "--standalone", "--nproc_per_node=2", "scripts/eval_hellaswag.py", *words)) == one
+    one = result(run("-m", "scripts.eval_hellaswag", *words, "--limit", "2"))
+    assert one["examples"] == 2
+    assert result(run_ranks(3, "-m", "scripts.eval_hellaswag", *words, "--limit", "2")[0]) == one
+
+
+def test_an_interrupted_run_looks_again_and_keeps_what_it_saw(data_root, tmp_path):
+    """Stopped, then resumed: every step has its record, once, as in the undisturbed run."""
+    words = ["-m", "scripts.train", "--data_root", data_root, *TINY, "--max_steps", "12", "--sample_every", "0",
+             "--eval_every", "0", "--save_every", "5", "--hellaswag_every", "1", "--hellaswag_data", DATA, "--hellaswag_limit", "2"]
+    assert run(*words, "--log_dir", tmp_path / "whole").returncode == 0
+    process = start(*words, "--log_dir", tmp_path / "stopped")
+    while "step 5" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+    assert run(*words, "--log_dir", tmp_path / "stopped").returncode == 0
+    assert metrics(tmp_path / "stopped", "hellaswag") == metrics(tmp_path / "whole", "hellaswag")
+    assert len(metrics(tmp_path / "whole", "hellaswag")) == 12
+
+
+def test_examples_of_the_original_format(tmp_path):
+    """Text and label as the file has them, also where, as in the hub's copy, the label is text; limit: the first."""
+    examples = hellaswag.load_examples(str(DATA))
+    assert len(examples) == 8 and [e.label for e in examples] == [0, 2, 1, 0, 3, 1, 2, 3]
+    assert examples[0].context == "A man turns a bicycle upside down on the lawn. he"
+    lines = DATA.read_text().replace('"label": 3', '"label": "3"')
+    (tmp_path / "text.jsonl").write_text(lines + "\n\n")
+    assert hellaswag.load_examples(str(tmp_path / "text.jsonl")) == examples
+    assert hellaswag.load_examples(str(DATA), limit=3) == examples[:3]
+
+
+def test_without_a_network_it_says_what_to_pass(log_dir):
+    """One line, that names --data."""
+    done = Fork("-m", "scripts.eval_hellaswag", "--log_dir", log_dir, HF_HUB_OFFLINE=1, HF_HOME=log_dir).result()
+    assert_refused(done, "--data", "hellaswag_val.jsonl")
