@@ -73,10 +73,11 @@ def load(source: str | Path) -> dict:
     """
     path = Path(source)
     checkpoint = read(path) if path.is_file() or path.suffix == ".pt" else pretrained.load(source)
-    missing = [key for key in ("model", "config", "step") if key not in checkpoint]
+    kinds = {"model": dict, "config": dict, "step": int, "tokenizer": str | None, "train_config": dict | None}
+    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if missing:
         found = ", ".join(map(str, list(checkpoint)[:8]))
-        raise UserError(f"checkpoint {path} is not one of ours: it has no {' and no '.join(missing)} (found: {found})")
+        raise UserError(f"checkpoint {path} is not one of ours: it has no valid {', '.join(missing)} (found: {found})")
     try:
         GPT.from_checkpoint(checkpoint)
     except UserError as error:

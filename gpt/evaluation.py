@@ -42,7 +42,8 @@ def sliding_losses(model: GPT, tokens: np.ndarray, stride: int,
     Windows of block_size tokens begin every `stride` tokens, and each predicts those that the one before did not reach:
     every token but the first is predicted once, after at least block_size - stride others if there are that many. At
     stride block_size the windows do not overlap, and each leaves out its first token. These are the windows of
-    Hugging Face's guide "Perplexity of fixed-length models". Raises UserError for ids outside the vocabulary.
+    Hugging Face's guide "Perplexity of fixed-length models"; its sample code weighs each but the first one token too
+    low, here every token counts the same. Raises UserError for ids outside the vocabulary.
     """
     n, T = len(tokens), model.config.block_size
     begins = range(0, max(n - T, 0) + stride, stride)  # the last one reaches the end

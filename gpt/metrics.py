@@ -22,15 +22,16 @@ class RunLog:
         self.bar: tqdm | None = None
         self.size, self.unwritten = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
 
-    def start(self, step: int, max_steps: int) -> float:
+    def start(self, step: int, max_steps: int, evaluated: bool = True) -> float:
         """Open the log at `step`; the lowest validation loss so far, infinity in a new run.
 
-        What a killed run had logged beyond its last checkpoint is dropped: it is about to happen again.
+        What a killed run had logged beyond its last checkpoint is dropped: it is about to happen again, and so are the
+        evaluations after `step` updates unless that model has been `evaluated`.
         """
         best = float("inf")
         if not self.enabled:
             return best
-        records = [r for r in read_metrics(self.path) if r["step"] < step + (r["split"] != "train")]
+        records = [r for r in read_metrics(self.path) if r["step"] < step + (evaluated and r["split"] != "train")]
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         self.size = self.path.stat().st_size
@@ -106,9 +107,6 @@ class RunLog:
             self.size, self.unwritten = file.tell(), ""
 
 
-MEASURE = {"hellaswag": "acc"}  # what a record of a split must hold, if not a loss
-
-
 def read_metrics(path: str | Path) -> list[dict]:
     """The records of a metrics.jsonl, without lines that are broken (a killed run's last one)."""
     records = []
@@ -118,7 +116,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "split" in record and all(
-                isinstance(record.get(key), int | float) for key in ("step", MEASURE.get(record["split"], "loss"))):
+        if isinstance(record, dict) and "split" in record and all(isinstance(record.get(key), int | float) for key in (
+                "step", "acc" if record["split"] == "hellaswag" else "loss")):
             records.append(record)
     return records

@@ -117,7 +117,7 @@ class GPT(nn.Module):
             layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
             if len(layers) != config.n_layer:  # before so many are made
                 raise ValueError(f"the configuration has {config.n_layer} layers, the weights have {len(layers)}")
-            if len(weights["wpe.weight"]) > config.block_size:
+            if "block_size" in overrides:
                 weights["wpe.weight"] = weights["wpe.weight"][:config.block_size].clone()
             with torch.device("meta"), WithoutInit():  # no memory and no time for weights that are replaced at once
                 model = cls(config)

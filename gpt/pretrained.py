@@ -12,16 +12,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gpt import serialization
 from gpt.config import GPTConfig
 from gpt.errors import UserError
+from gpt.serialization import read_json
 from gpt.tokenizer import get_tokenizer, merges, vocabulary
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
+# What transformers also calls the parts of a model's shape.
+OTHER_NAMES = {"block_size": ("n_positions", "max_position_embeddings"), "n_layer": ("num_hidden_layers",),
+               "n_head": ("num_attention_heads",), "n_embd": ("hidden_size",)}
 # What a config.json may say about things that gpt/model.py computes in one way only. Left out means the first.
 COMPUTED_HERE = {
     "model_type": ("gpt2",),
@@ -30,11 +34,11 @@ COMPUTED_HERE = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
+    "is_causal": (True,),
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
-# Entries of weight files that hold nothing to learn: causal masks, and the LM head, which is wte.
-IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")
+CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # entries of older files with nothing to learn in them
 
 INSTEAD = ("pass a name on the hub like gpt2, a folder that transformers or scripts.export wrote, or the path of a "
            "model_<step>.pt")
@@ -50,15 +54,24 @@ def load(name_or_path: str | Path) -> dict:
     config = read_config(folder / "config.json")
     weights = {}
     for name, tensor in read_tensors(folder):
-        name = name.removeprefix("transformer.")
-        if IGNORED.fullmatch(name):
-            continue
-        floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if not (floating and tensor.sum(dtype=torch.float32).isfinite()):
-            raise UserError(f"{name} in {folder} does not hold finite floating-point numbers: the file is damaged, or "
-                            f"of a quantized model")
-        transposed = name.endswith(TRANSPOSED) and tensor.ndim == 2
-        weights[name] = (tensor.t() if transposed else tensor).float().contiguous()
+        try:
+            name = name.removeprefix("transformer.")
+            if CAUSAL_MASK.fullmatch(name):
+                continue
+            if name in weights:
+                raise ValueError("it is there twice")
+            if not tensor.is_floating_point():
+                raise ValueError(f"it is {tensor.dtype}, of a quantized model?")
+            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+                raise ValueError("it is larger than its data")
+            tensor = (tensor.t() if name.endswith(TRANSPOSED) else tensor).float().contiguous()
+            if not tensor.sum().isfinite():
+                raise ValueError("it holds infinities, or what is not a number")
+            weights[name] = tensor
+        except Exception as error:  # a name or a tensor of any kind
+            raise UserError(f"{name} in {folder} is not a weight of a GPT-2 ({error})") from None
+    if not torch.equal(weights.pop("lm_head.weight", wte := weights.get("wte.weight", torch.empty(0))), wte):
+        raise UserError(f"lm_head.weight in {folder} is not wte.weight: this GPT-2 has one matrix for both")
     return {"model": weights, "config": asdict(config), "step": 0, "tokenizer": find_tokenizer(folder, config)}
 
 
@@ -92,13 +105,11 @@ def find_folder(name_or_path: str | Path) -> Path:
 
 def read_config(path: Path) -> GPTConfig:
     """The shape that a config.json describes. Raises UserError, by name, for what gpt/model.py does not compute."""
-    try:
-        settings = json.loads(path.read_bytes())
-        shape = {ours: settings.get(theirs, default) for ours, theirs, default in (
-            ("block_size", "n_positions", 1024), ("vocab_size", "vocab_size", 50257), ("n_layer", "n_layer", 12),
-            ("n_head", "n_head", 12), ("n_embd", "n_embd", 768))}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a model's configuration ({error})") from None
+    settings = read_json(path, "a model's configuration")
+    shape = {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+    for name in shape:
+        for theirs in (name, *OTHER_NAMES.get(name, ())):
+            shape[name] = settings.get(theirs, shape[name])
     for name, value in shape.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{path} has {name} {value!r}: expected a whole number above 0")
@@ -119,9 +130,9 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                names = sorted(set(read_json(index, "an index of weight files")["weight_map"].values()))
                 missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{index} is not an index of weight files ({error!r})") from None
             if missing:
                 raise UserError(f"{index} names {missing[0]!r}, which is not in that folder")
@@ -159,12 +170,10 @@ def find_tokenizer(folder: Path, config: GPTConfig) -> str | None:
     path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()), None)
     if path is None:
         return "gpt2" if config.vocab_size == get_tokenizer().n_vocab else None
-    try:
-        theirs = json.loads(path.read_bytes())
-        theirs = theirs if path.name == "vocab.json" else theirs["model"]["vocab"]
-        return "gpt2" if vocabulary(get_tokenizer()).items() <= theirs.items() else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a tokenizer's vocabulary ({error!r})") from None
+    theirs = read_json(path, "a tokenizer's vocabulary")
+    if path.name == "tokenizer.json":
+        theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
+    return "gpt2" if isinstance(theirs, dict) and vocabulary(get_tokenizer()).items() <= theirs.items() else None
 
 
 def save(checkpoint: dict, folder: Path) -> None:
@@ -184,19 +193,20 @@ def save(checkpoint: dict, folder: Path) -> None:
         **ends}
     for name, content in (("config.json", settings), ("generation_config.json", ends)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    if encoding:
-        from transformers import GPT2Tokenizer  # seconds
-
-        tokenizer = GPT2Tokenizer(vocabulary(encoding), merges(encoding), model_max_length=config["block_size"])
-        tokenizer.save_pretrained(folder)
     theirs = {}
     while weights:
         name, tensor = weights.popitem()
         theirs[f"transformer.{name}"] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    path = folder / "model.safetensors"
     try:
-        save_file(theirs, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # an OSError in disguise
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 0, str(error), str(path)) from None
-    path.chmod((folder / "config.json").stat().st_mode)  # it is made for this user's eyes only
+        if encoding:
+            from transformers import GPT2Tokenizer  # seconds
+
+            tokenizer = GPT2Tokenizer(vocabulary(encoding), merges(encoding), model_max_length=config["block_size"])
+            tokenizer.save_pretrained(folder)
+        save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    except Exception as error:  # two Rust libraries, which put an OSError into words
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), str(error), str(folder)) from None
+    # It is made for this user's eyes only.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)

@@ -7,6 +7,7 @@ import numpy as np
 
 from gpt.atomic import atomic_write
 from gpt.errors import UserError
+from gpt.serialization import read_json
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -35,13 +36,9 @@ def read_meta(data_root: str | Path) -> dict:
     """
     path = Path(data_root) / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = read_json(path, "a JSON object: prepare the data again, or delete this file")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): prepare the data again, or delete this file") from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{path} is not a JSON object: prepare the data again, or delete this file")
     vocab_size = meta.get("vocab_size", 1)
     if type(vocab_size) is not int or vocab_size < 1 or not isinstance(meta.get("tokenizer", ""), str | None):
         raise UserError(f"{path} has vocab_size {vocab_size!r} and tokenizer {meta.get('tokenizer')!r}: expected a "

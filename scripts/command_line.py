@@ -7,11 +7,22 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jsonargparse
 
 from gpt.errors import DISK_FULL, UserError
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Settings of all commands that use a trained model."""
+
+    checkpoint: str | None = None
+    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
+    log_dir: str = "log"
+    """folder of a run, where the newest checkpoint is taken from"""
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -89,32 +100,29 @@ def config_first(words: list[str]) -> list[str]:
     return files + flags
 
 
-def find_checkpoint(source: str | None, log_dir: str) -> tuple[str, dict]:
-    """Name and content of the checkpoint to use: `source`, else the newest in `log_dir`; standard error says which.
-
-    source: as `gpt.checkpoint.load` takes it. Raises UserError if there is none.
-    """
+def find_checkpoint(config: CheckpointConfig) -> tuple[str, dict]:
+    """Name and content of the checkpoint to use; standard error says which. Raises UserError if there is none."""
     from gpt import checkpoint  # PyTorch takes seconds, and prepare_shakespeare.py does without
 
-    if source is not None:
+    if (source := config.checkpoint) is not None:
         content = checkpoint.load(source)
-    elif newest := checkpoint.newest(log_dir, report=lambda line: print(line, file=sys.stderr)):
+    elif newest := checkpoint.newest(config.log_dir, report=lambda line: print(line, file=sys.stderr)):
         source, content = str(newest[0]), newest[1]
     else:
-        raise UserError(f"no checkpoint in log_dir {log_dir!r}: train one with `python -m scripts.train`, or pass "
-                        f"--checkpoint")
+        raise UserError(f"no checkpoint in log_dir {config.log_dir!r}: train one with `python -m scripts.train`, or "
+                        f"pass --checkpoint")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{source}: step {content['step']}" if content["step"] else source, file=sys.stderr)
     return source, content
 
 
-def load_model(source: str | None, log_dir: str, device: Any) -> tuple[str, Any, Any]:
+def load_model(config: CheckpointConfig, device: Any) -> tuple[str, Any, Any]:
     """Name, model (a `gpt.model.GPT` on `device`, in evaluation mode) and tokenizer (a `tiktoken.Encoding`) of a
     checkpoint, see `find_checkpoint`. Raises UserError, also for a checkpoint without a tokenizer."""
     from gpt.model import GPT
     from gpt.tokenizer import get_tokenizer
 
-    source, content = find_checkpoint(source, log_dir)
+    source, content = find_checkpoint(config)
     if not content.get("tokenizer"):
         raise UserError(f"{source} was trained on token ids of no known tokenizer: it can be used from Python only")
     return source, GPT.from_checkpoint(content).to(device).eval(), get_tokenizer(content["tokenizer"])

@@ -15,13 +15,9 @@ from scripts import command_line
 
 
 @dataclass
-class HellaSwagConfig:
-    """Settings of scripts.eval_hellaswag."""
+class HellaSwagConfig(command_line.CheckpointConfig):
+    """Settings of scripts.eval_hellaswag; log_dir gets hellaswag.json."""
 
-    checkpoint: str | None = None
-    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
-    log_dir: str = "log"
-    """folder for hellaswag.json, and where the newest checkpoint is taken from"""
     data: str | None = None
     """examples in the original format, a .jsonl file; without it Rowan/hellaswag of the hub, validation"""
     limit: int = 0
@@ -36,16 +32,16 @@ def main(config: HellaSwagConfig) -> None:
         raise UserError(f"limit is {config.limit}: it must be 0 (all) or more")
     with distributed.joined(config.device, rank_timeout=3600) as dist:
         examples = hellaswag.load_examples(config.data, config.limit)
-        source, model, encoding = command_line.load_model(config.checkpoint, config.log_dir, dist.device)
+        source, model, encoding = command_line.load_model(config, dist.device)
+        path = Path(config.log_dir) / "hellaswag.json"
+        path.parent.mkdir(parents=True, exist_ok=True)  # it fails now, or not at all
         result = hellaswag.evaluate(model, encoding, examples, dist, show_bar=True)
         if dist.is_master:
-            path = Path(config.log_dir) / "hellaswag.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                about = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation"}
-                file.write(json.dumps(about | result, indent=2).encode() + b"\n")
             print(f"{result['examples']} examples | acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
                   f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {path}")
+            about = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation"}
+            with atomic_write(path) as file:
+                file.write(json.dumps(about | result, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":

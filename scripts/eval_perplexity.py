@@ -11,20 +11,16 @@ from tqdm import tqdm
 from gpt.distributed import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_losses
-from gpt.shards import find_shards, open_shard
+from gpt.shards import find_shards, open_shard, read_meta
 from scripts import command_line
 
 
 @dataclass
-class PerplexityConfig:
+class PerplexityConfig(command_line.CheckpointConfig):
     """Settings of scripts.eval_perplexity."""
 
     data: str
     """a text file, or a folder of shards, whose val split is taken"""
-    checkpoint: str | None = None
-    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
-    log_dir: str = "log"
-    """folder of a run, where the newest checkpoint is taken from"""
     stride: int = 0
     """tokens from one window to the next: fewer are slower and give more context; 0: half the model's context"""
     batch_size: int = 4
@@ -36,15 +32,20 @@ class PerplexityConfig:
 def main(config: PerplexityConfig) -> None:
     """Print the loss, the perplexity and the bits per byte of all tokens but the first."""
     device = select_device(config.device)
-    _, model, encoding = command_line.load_model(config.checkpoint, config.log_dir, device)
+    _, model, encoding = command_line.load_model(config, device)
     T = model.config.block_size
-    stride = config.stride or max(T // 2, 1)
+    stride = config.stride or T // 2
+    if T < 2:
+        raise UserError("the model has a context of one token: nothing follows another in it")
     if not 1 <= stride <= T or config.batch_size < 1:
         raise UserError(f"stride is {config.stride} and batch_size is {config.batch_size}: expected a stride of at "
                         f"most the model's context, {T} tokens, and a batch_size of 1 or more")
-    pieces = read_tokens(Path(config.data), encoding)
-    bytes_of = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
-    bytes_of[encoding.eot_token] = 0  # it stands between documents and is not text
+    pieces = [piece for piece in read_tokens(Path(config.data), encoding) if len(piece) > 1]
+    if not pieces:
+        raise UserError(f"data {config.data!r} has fewer than two tokens: there is nothing to predict")
+    bytes_of = np.zeros(max(encoding.n_vocab, model.config.vocab_size), dtype=np.int64)
+    for i in range(encoding.eot_token):  # which itself stands between documents and is not text
+        bytes_of[i] = len(encoding.decode_single_token_bytes(i))
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with tqdm(total=sum(len(piece) - 1 for piece in pieces), unit="token", unit_scale=True, disable=None) as bar:
         for piece in pieces:
@@ -54,8 +55,6 @@ def main(config: PerplexityConfig) -> None:
                 n_bytes += bytes_of[targets].sum()
                 bar.update(len(targets))
                 bar.set_postfix_str(f"perplexity {math.exp(min(nats / n_tokens, 700)):.2f}", refresh=False)
-    if not n_tokens:
-        raise UserError(f"data {config.data!r} has fewer than two tokens: there is nothing to predict")
     loss = nats / n_tokens
     bits_per_byte = nats / math.log(2) / max(n_bytes, 1)
     print(f"{n_tokens:,} tokens, {n_bytes:,} bytes | {loss:.4f} nats per token | perplexity "
@@ -65,6 +64,8 @@ def main(config: PerplexityConfig) -> None:
 def read_tokens(data: Path, encoding: tiktoken.Encoding) -> list[np.ndarray]:
     """The token ids of a text file, or of each val shard in a folder. Raises UserError if they cannot be read."""
     if data.is_dir():
+        if (theirs := read_meta(data).get("tokenizer", encoding.name)) != encoding.name:
+            raise UserError(f"data {str(data)!r} was made with the tokenizer {theirs}, the model's is {encoding.name}")
         return [open_shard(path) for path in find_shards(data, "val")]
     try:
         text = data.read_bytes().decode()

@@ -15,25 +15,21 @@ from scripts import command_line
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(command_line.CheckpointConfig):
     """Settings of scripts.export."""
 
     out: str
     """folder to write; it must not be there yet, or be empty"""
-    checkpoint: str | None = None
-    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
-    log_dir: str = "log"
-    """folder of a run, where the newest checkpoint is taken from"""
 
 
 def main(config: ExportConfig) -> None:
     """Write config.json, generation_config.json, model.safetensors, the tokenizer and a model card: all or nothing."""
-    out = Path(config.out)
+    out = Path(config.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out {config.out!r} is there already and is not empty: pass another folder, or delete it")
-    source, checkpoint = command_line.find_checkpoint(config.checkpoint, config.log_dir)
+    source, checkpoint = command_line.find_checkpoint(config)
     card = model_card(Path(source), checkpoint)
-    aside = out.absolute().with_name(f".{out.absolute().name}.tmp")
+    aside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
     try:
         aside.mkdir(parents=True)
@@ -44,7 +40,7 @@ def main(config: ExportConfig) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     if not checkpoint.get("tokenizer"):
         print("it was trained on token ids of no known tokenizer: the folder has no tokenizer either")
-    print(f"wrote {out}: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
+    print(f"wrote {config.out}: transformers.AutoModelForCausalLM.from_pretrained({config.out!r}) loads it")
 
 
 def model_card(source: Path, checkpoint: dict) -> str:
@@ -52,11 +48,14 @@ def model_card(source: Path, checkpoint: dict) -> str:
     shape, step, settings = checkpoint["config"], checkpoint["step"], checkpoint.get("train_config") or {}
     parameters = sum(tensor.numel() for tensor in checkpoint["model"].values())
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
-             f"# {source.stem}", "",
+             f"# {source.stem if source.suffix == '.pt' else source.name}", "",
              f"A GPT-2 of {parameters:,} parameters: {shape['n_layer']} layers, {shape['n_head']} heads, width "
              f"{shape['n_embd']}, context {shape['block_size']} tokens, vocabulary {shape['vocab_size']:,}.", ""]
-    if settings:
-        data = read_meta(settings["data_root"]).get("source")
+    if {"data_root", "total_batch_size", "init_from"} <= settings.keys():
+        try:
+            data = read_meta(settings["data_root"]).get("source")
+        except (UserError, OSError):  # the data may be gone by now
+            data = None
         lines += [f"Trained on `{settings['data_root']}`{f' ({data})' if data else ''} for {step:,} steps of "
                   f"{settings['total_batch_size']:,} tokens, {step * settings['total_batch_size']:,} in all, starting "
                   f"from {settings['init_from']}.", "", "| loss | nats per token |", "|---|---|"]
@@ -65,6 +64,9 @@ def model_card(source: Path, checkpoint: dict) -> str:
         lines += [f"| training, last step | {loss:.4f} |" for loss in before]
         if checkpoint.get("val_loss") is not None:
             lines += [f"| validation | {checkpoint['val_loss']:.4f} |"]
+        if found := checkpoint.get("hellaswag"):
+            lines += ["", f"HellaSwag, {found['examples']} examples: acc {found['acc']:.4f}, acc_norm "
+                          f"{found['acc_norm']:.4f}"]
         lines += ["", "Settings of the run:", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```"]
     return "\n".join(lines) + "\n"
 

@@ -9,15 +9,11 @@ from scripts import command_line
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(command_line.CheckpointConfig):
     """Settings of scripts.generate."""
 
     prompt: str = "\n"
     """beginning of the text; <|endoftext|> in it is the token"""
-    checkpoint: str | None = None
-    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
-    log_dir: str = "log"
-    """folder of a run, where the newest checkpoint is taken from"""
     max_new_tokens: int = 200
     """tokens to write, beyond those of the prompt"""
     num_samples: int = 1
@@ -38,7 +34,7 @@ def main(config: GenerateConfig) -> None:
     """Load a checkpoint and print continuations of the prompt; which checkpoint it was goes to standard error."""
     check(config)
     device = select_device(config.device)
-    _, model, encoding = command_line.load_model(config.checkpoint, config.log_dir, device)
+    _, model, encoding = command_line.load_model(config, device)
     texts = complete(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
                      temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     print("\n---\n".join(texts))

@@ -184,15 +184,15 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     if dist.is_master:
         with atomic_write(log_dir / "config.yaml") as file:
             file.write(yaml.safe_dump(settings, sort_keys=False).encode())
-    best_loss = log.start(step, config.max_steps)
+    best_loss = log.start(step, config.max_steps, evaluated=step == done_step)
     stopping = False
     while True:
         # Between two updates: evaluate, sample, save. The first checkpoint comes before the first update, so that a
         # folder that cannot take it is found out now and not after an hour.
         finished = step == config.max_steps
-        evaluating = due(config.eval_every, step, config.max_steps) and (finished or not stopping)
-        sampling = due(config.sample_every, step, config.max_steps) and (finished or not stopping)
-        choosing = due(config.hellaswag_every, step, config.max_steps) and (finished or not stopping)
+        evaluating, sampling, choosing = (
+            due(every, step, config.max_steps) and (finished or not stopping)
+            for every in (config.eval_every, config.sample_every, config.hellaswag_every))
         if step != done_step:
             val_loss = accuracy = None
             if evaluating:
@@ -204,8 +204,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                                      top_k=200, seed=config.seed):
                     log.print(f"--- sample at step {step} ---\n{text.strip()}\n---")
             if choosing:
-                accuracy = hellaswag.evaluate(model, encoding, examples, dist)
-                log.hellaswag(step=step, **accuracy)
+                accuracy = hellaswag.evaluate(model, encoding, examples, dist, stopped=lambda: stop.signum > 0)
+                if accuracy:
+                    log.hellaswag(step=step, **accuracy)
             if evaluating or sampling or choosing:
                 stopping = dist.any(stopping or stop.signum > 0)  # it took a while
             saving = due(config.save_every, step, config.max_steps) or step == 0 or finished or stopping

@@ -34,7 +34,8 @@ def main(config: ValidateConfig) -> int:
     """Print the comparison; returns 0 if the models agree, else 1."""
     if config.max_new_tokens < 1 or config.top < 1:
         raise UserError(f"max_new_tokens is {config.max_new_tokens} and top is {config.top}: both must be 1 or more")
-    from transformers import GPT2LMHeadModel, logging  # seconds
+    from transformers import GenerationConfig, GPT2LMHeadModel, logging  # seconds
+
     logging.disable_progress_bar()
 
     content = checkpoint.load(config.model)
@@ -51,6 +52,7 @@ def main(config: ValidateConfig) -> int:
         else:
             folder = pretrained.find_folder(config.model)
         theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config = GenerationConfig()  # not what the folder has, such as a penalty for repetition
 
     with torch.no_grad():
         idx = torch.tensor([prompt])
@@ -61,9 +63,10 @@ def main(config: ValidateConfig) -> int:
 
     print(f"{config.model}: largest difference of {logits.numel():,} logits: {difference:.2e}")
     print(f"\n{'here':<30} transformers")
-    best, their_best = (each[-1].softmax(0).topk(config.top) for each in (logits, reference))
-    for pair in zip(zip(*best, strict=True), zip(*their_best, strict=True), strict=True):
-        print(" ".join(f"{p.item():8.4%} {text([token.item()])!r:<20}" for p, token in pair).rstrip())
+    tops = [each[-1].softmax(0).topk(min(config.top, ours.config.vocab_size)) for each in (logits, reference)]
+    for row in range(len(tops[0].values)):
+        cells = [f"{top.values[row].item():8.4%} {text([top.indices[row].item()])!r:<20}" for top in tops]
+        print(" ".join(cells).rstrip())
 
     new_tokens = min(config.max_new_tokens, room)
     mine = [token for token, in generate(ours, [prompt], new_tokens, temperature=0, stop_token=encoding.eot_token)]

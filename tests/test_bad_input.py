@@ -1,5 +1,7 @@
 """A user's mistakes: exit status 2, one clear line, no traceback, nothing written."""
 
+import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +16,10 @@ from tests.conftest import TINY, assert_refused, run
 TRAIN = ("-m", "scripts.train", *TINY)
 GENERATE = ("-m", "scripts.generate", "--device", "cpu")
 PREPARE = ("prepare_shakespeare.py",)
+EXPORT = ("-m", "scripts.export")
+VALIDATE = ("-m", "scripts.validate", "--model")
+HELLASWAG = ("-m", "scripts.eval_hellaswag", "--device", "cpu")
+PERPLEXITY = ("-m", "scripts.eval_perplexity", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,10 @@ def place(tmp_path_factory, data_root):
     model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=1, n_embd=4))
     save_model(folder / "small_vocabulary.pt", model, step=1, val_loss=None, tokenizer="gpt2", train_config={})
     save_model(folder / "no_tokenizer.pt", model, step=1, val_loss=None, tokenizer=None, train_config={})
+    wide = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=4))
+    save_model(folder / "gpt2.pt", wide, step=1, val_loss=None, tokenizer="gpt2", train_config={})
+    save_model(folder / "odd.pt", wide, step=1, val_loss=None, tokenizer=["x"], train_config=[])
+    save_model(folder / "other_tokens.pt", wide, step=1, val_loss=None, tokenizer=None, train_config={})
     (folder / "cut.pt").write_bytes((folder / "no_tokenizer.pt").read_bytes()[:3000])
     (folder / "text.pt").write_text("not a checkpoint")
     torch.save({"model_args": {}, "iter_num": 3, "model": {}}, folder / "other.pt")
@@ -65,6 +75,12 @@ def place(tmp_path_factory, data_root):
     (folder / "short.txt").write_text("To be, or not to be")
     (folder / "unknown_key.yaml").write_text("max_step: 3\n")
     (folder / "broken.yaml").write_text("a: [\n")
+    (folder / "one_token.txt").write_text("To")
+    data("alien_val", good, np.full(1000, 60000, np.uint16))
+    example = {"ctx": "A cat", "endings": ["sits.", "flies.", "reads.", "rains."], "label": 0}
+    for name, labels in (("examples", [0, 3]), ("no_label", [1, ""]), ("far_label", [4]), ("huge_label", [math.inf])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example | {"label": x}) + "\n" for x in labels))
+    (folder / "deep.jsonl").write_text("[" * 100_000)
     (folder / "file").write_text("a file where a folder should be")
     (folder / "good").symlink_to(data_root)
     return folder
@@ -80,7 +96,7 @@ CASES = [
     ((*TRAIN, "--data_root", "{}/short"), ["train_00000.npy has 20 tokens", "33"]),
     ((*TRAIN, "--data_root", "{}/truncated"), ["train_00000.npy cannot be read"]),
     ((*TRAIN, "--data_root", "{}/alien"), ["token id 60000 at position", "50256"]),
-    ((*TRAIN, "--data_root", "{}/bad_meta"), ["meta.json", "not JSON"]),
+    ((*TRAIN, "--data_root", "{}/bad_meta"), ["meta.json is not a JSON object"]),
     ((*TRAIN, "--data_root", "{}/other_tokenizer"), ["unknown tokenizer 'mine'"]),
     ((*TRAIN, "--data_root", "{}/vocab_size_text"), ["meta.json has vocab_size 'many'", "whole number above 0"]),
     ((*TRAIN, "--data_root", "{}/vocab_size_zero"), ["meta.json has vocab_size 0"]),
@@ -142,6 +158,49 @@ CASES = [
     ((*GENERATE, "--temperature", "-1"), ["temperature is -1"]),
     ((*GENERATE, "--top_p", "0"), ["top_p is 0"]),
     ((*GENERATE, "--num_samples", "0"), ["num_samples is 0"]),
+    ((*TRAIN, "--init_from", "{}/other_tokens.pt", "--data_root", "{}/with_meta"), ["tokenizer None", "gpt2"]),
+    ((*TRAIN, "--init_from", "{}/gpt2.pt", "--model.block_size", "33"), ["block_size 33", "16 positions"]),
+    ((*TRAIN, "--init_from", "{}/gpt2.pt"), ["seq_len 32 is more than block_size 16"]),
+    ((*TRAIN, "--hellaswag_every", "-1"), ["hellaswag_every is -1"]),
+    ((*TRAIN, "--hellaswag_every", "1", "--hellaswag_data", "{}/missing.jsonl"), ["missing.jsonl", "cannot be read"]),
+    ((*TRAIN, "--hellaswag_every", "1", "--model.vocab_size", "256"), ["no tokenizer is known"]),
+    (EXPORT, ["no checkpoint in log_dir"]),
+    ((*EXPORT, "--checkpoint", "{}/cut.pt"), ["cut.pt", "damaged"]),
+    ((*EXPORT, "--checkpoint", "{}/gpt2.pt", "--out", "{}/file/x"), ["{}/file/"]),
+    ((*EXPORT, "--checkpoint", "{}/odd.pt"), ["odd.pt is not one of ours", "no valid tokenizer, train_config"]),
+    ((*EXPORT, "--checkpoint", "{}/gpt2.pt", "--out", "{}/file"), ["out '{}/file' is there already"]),
+    ((*EXPORT, "--checkpoint", "{}/gpt2.pt", "--out", "/proc/x"), ["/proc"]),
+    ((*VALIDATE, "{}/missing.pt"), ["no checkpoint", "missing.pt"]),
+    ((*VALIDATE, "{}"), ["no config.json"]),
+    ((*VALIDATE, "{}/gpt2.pt", "--prompt", "a " * 20), ["prompt has 21 tokens", "block_size 16"]),
+    ((*VALIDATE, "{}/gpt2.pt", "--prompt", ""), ["prompt has 0 tokens"]),
+    ((*VALIDATE, "{}/small_vocabulary.pt"), ["vocab_size 100"]),
+    ((*VALIDATE, "{}/gpt2.pt", "--top", "0"), ["top is 0"]),
+    (("-m", "scripts.validate"), ["model"]),
+    ((*HELLASWAG, "--data", "{}/examples.jsonl"), ["no checkpoint in log_dir"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/missing.jsonl"), ["missing.jsonl", "cannot be read"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/latin1.txt"), ["latin1.txt", "cannot be read"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/short.txt"), ["example 1 of", "short.txt", "endings"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/empty.txt"), ["has no examples"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/no_label.jsonl"), ["example 2 of", "label"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/far_label.jsonl"), ["example 1 of", "label"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/huge_label.jsonl"), ["example 1 of"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/deep.jsonl"), ["example 1 of"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/examples.jsonl", "--log_dir", "{}/file"), ["{}/file"]),
+    ((*HELLASWAG, "--checkpoint", "{}/small_vocabulary.pt", "--data", "{}/examples.jsonl"), ["knows 100 tokens"]),
+    ((*HELLASWAG, "--checkpoint", "{}/no_tokenizer.pt", "--data", "{}/examples.jsonl"), ["no known tokenizer"]),
+    ((*HELLASWAG, "--checkpoint", "{}/gpt2.pt", "--data", "{}/examples.jsonl", "--limit", "-1"), ["limit is -1"]),
+    ((*PERPLEXITY, "--data", "{}/short.txt"), ["no checkpoint in log_dir"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/missing.txt"), ["missing.txt", "cannot be read"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/latin1.txt"), ["latin1.txt", "UTF-8"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/one_token.txt"), ["fewer than two tokens"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/no_val"), ["no shards for split val"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/other_tokenizer"), ["tokenizer mine", "gpt2"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/alien_val"), ["token ids", "60000", "50256"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/short.txt", "--stride", "17"), ["stride is 17", "16"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/gpt2.pt", "--data", "{}/short.txt", "--stride", "-1"), ["stride is -1"]),
+    ((*PERPLEXITY, "--checkpoint", "{}/small_vocabulary.pt", "--data", "{}/short.txt"), ["the model knows 0 to 99"]),
+    (PERPLEXITY, ["data"]),
     ((*PREPARE, "--input", "{}/missing.txt"), ["missing.txt", "cannot be read"]),
     ((*PREPARE, "--input", "{}/empty.txt"), ["empty.txt", "is empty"]),
     ((*PREPARE, "--input", "{}/latin1.txt"), ["latin1.txt", "not UTF-8", "byte 3"]),
@@ -165,6 +224,10 @@ def test_bad_input(place, tmp_path):
             defaults = {"--data_root": place / "good", "--log_dir": out, "--max_steps": 2, "--sample_every": 0}
         else:
             defaults = {"--out": out} if words[0] == "prepare_shakespeare.py" else {"--log_dir": out}
+            if "scripts.export" in words:
+                defaults["--out"] = out / "export"
+            elif "scripts.validate" in words:
+                defaults = {}
         for flag, value in defaults.items():
             words += [] if flag in words else [flag, value]
         return words, [word.replace("{}", str(place)) for word in expected], run(*words), out

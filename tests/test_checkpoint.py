@@ -110,11 +110,11 @@ class Evil:
 
 
 @pytest.mark.parametrize("content, words", [
-    ({"state": 1}, "has no model and no config and no step"), ([1, 2], "holds a list"),
+    ({"state": 1}, "has no valid model, config, step"), ([1, 2], "holds a list"),
     (Evil(), r"damaged or not a \.pt file \(Weights only load failed\)"),
     ({"model": {}, "config": {"n_layer": 1}, "step": 1}, "does not make a model"),
     ({"model": {}, "config": {"layers": 1}, "step": 1}, "does not make a model"),
-    ({"model": 3, "config": 4, "step": 1}, "does not make a model")])
+    ({"model": 3, "config": 4, "step": 1}, "has no valid model, config")])
 def test_foreign_files_are_refused(tmp_path, capsys, content, words):
     """Other people's checkpoints, and worse."""
     torch.save(content, tmp_path / "model_00001.pt")

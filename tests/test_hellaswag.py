@@ -39,7 +39,7 @@ def test_predictions_are_those_of_the_usual_way(block_size, rows):
     """One ending at a time over full logits gives the same scores and choices, with contexts and endings cut too."""
     net, examples = model(block_size), hellaswag.load_examples(str(DATA)) + make_examples(12)
     expected = [plain_hellaswag.predict(net, BYTES, example) for example in examples]
-    groups = [hellaswag.make_rows(i, example, BYTES, block_size) for i, example in enumerate(examples)]
+    groups = [hellaswag.make_rows(i, example, BYTES, net.config) for i, example in enumerate(examples)]
     assert {len(group) for group in groups} == rows
     for batch_tokens in (1, 3000, 100_000):
         scores = dict(hellaswag.score(net, groups, batch_tokens))
@@ -53,17 +53,29 @@ def test_predictions_are_those_of_the_usual_way(block_size, rows):
 @pytest.mark.parametrize("std", [0.02, 0.3])
 def test_a_first_pass_in_half_precision_changes_no_prediction(std, monkeypatch):
     """What bfloat16 alone gets wrong, or might, float32 decides; most examples it need not look at again."""
-    net, examples = model(std=std), make_examples(300)
+    net, examples = model(std=std), make_examples(200)
     exact = hellaswag.predict(net, BYTES, examples, 8192, torch.float32)
     scored, score = [], hellaswag.score
     monkeypatch.setattr(hellaswag, "score", lambda net, groups, n: scored.append(len(groups)) or score(net, groups, n))
     rough = {}
-    both = hellaswag.predict(net, BYTES, examples, 8192, torch.bfloat16, rough.__setitem__)
+    both = hellaswag.predict(net, BYTES, examples, 8192, torch.bfloat16, rough.setdefault)
     assert torch.equal(both, exact)
-    assert sorted(rough) == list(range(300)) and scored[0] == 300 and sum(scored[1:]) < 150
+    assert sorted(rough) == list(range(200)) and scored[0] == 200 and sum(scored[1:]) < 100
     if std == 0.3:
-        rough = torch.stack([rough[i].argmin(1) for i in range(300)])
+        rough = torch.stack([rough[i].argmin(1) for i in range(200)])
         assert not torch.equal(rough, exact), "bfloat16 alone was right: this test shows nothing"
+
+
+def test_what_half_precision_cannot_hold_is_scored_in_float32():
+    """An activation beyond 65,504 is infinite in fp16: no prediction comes from that."""
+    net, examples = model(std=0.1), make_examples(24)
+    with torch.no_grad():
+        net.h[0].mlp.c_fc.bias[0] = 1e5
+        net.h[0].mlp.c_proj.weight[:, 0] *= 1e-4
+    exact = hellaswag.predict(net, BYTES, examples, 8192, torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        assert not torch.isfinite(net(torch.zeros(1, 4, dtype=torch.int64))).all()
+    assert torch.equal(hellaswag.predict(net, BYTES, examples, 8192, torch.float16), exact)
 
 
 def test_labels_are_only_used_to_count():
@@ -121,7 +133,8 @@ def test_ranks_share_the_examples(log_dir, tmp_path):
 def test_an_interrupted_run_looks_again_and_keeps_what_it_saw(data_root, tmp_path):
     """Stopped, then resumed: every step has its record, once, as in the undisturbed run."""
     words = ["-m", "scripts.train", "--data_root", data_root, *TINY, "--max_steps", "12", "--sample_every", "0",
-             "--eval_every", "0", "--save_every", "5", "--hellaswag_every", "1", "--hellaswag_data", DATA, "--hellaswag_limit", "2"]
+             "--eval_every", "0", "--save_every", "5", "--hellaswag_every", "1", "--hellaswag_data", DATA,
+             "--hellaswag_limit", "2"]
     assert run(*words, "--log_dir", tmp_path / "whole").returncode == 0
     process = start(*words, "--log_dir", tmp_path / "stopped")
     while "step 5" not in process.stdout.readline():
@@ -135,14 +148,35 @@ def test_an_interrupted_run_looks_again_and_keeps_what_it_saw(data_root, tmp_pat
     assert len(metrics(tmp_path / "whole", "hellaswag")) == 12
 
 
+def test_a_signal_ends_it(data_root, tmp_path):
+    """In the middle of an evaluation that would take minutes: saved, and looked at again after the restart."""
+    (tmp_path / "many.jsonl").write_text(DATA.read_text() * 200)
+    words = ["-m", "scripts.train", "--data_root", data_root, *TINY, "--max_steps", "3", "--sample_every", "0",
+             "--eval_every", "2", "--hellaswag_every", "2", "--log_dir", tmp_path / "log"]
+    process = start(*words, "--hellaswag_data", tmp_path / "many.jsonl")
+    while "val loss" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - began < 20
+    assert (tmp_path / "log" / "model_00002.pt").exists()
+    done = run(*words, "--hellaswag_data", DATA)
+    assert done.returncode == 0 and done.stdout.count("hellaswag acc") == 2, done.stdout + done.stderr
+    assert sorted(metrics(tmp_path / "log", "val")) == sorted(metrics(tmp_path / "log", "hellaswag")) == [2, 3]
+
+
 def test_examples_of_the_original_format(tmp_path):
     """Text and label as the file has them, also where, as in the hub's copy, the label is text; limit: the first."""
     examples = hellaswag.load_examples(str(DATA))
     assert len(examples) == 8 and [e.label for e in examples] == [0, 2, 1, 0, 3, 1, 2, 3]
     assert examples[0].context == "A man turns a bicycle upside down on the lawn. he"
     lines = DATA.read_text().replace('"label": 3', '"label": "3"')
-    (tmp_path / "text.jsonl").write_text(lines + "\n\n")
+    (tmp_path / "text.jsonl").write_text("\ufeff" + lines + "\n\n")
     assert hellaswag.load_examples(str(tmp_path / "text.jsonl")) == examples
+    (tmp_path / "line.jsonl").write_text('{"ctx": "a\u2028b", "endings": ["c", "d"], "label": 1}\n')
+    assert hellaswag.load_examples(str(tmp_path / "line.jsonl")) == [hellaswag.Example("a\u2028b", ["c", "d"], 1)]
     assert hellaswag.load_examples(str(DATA), limit=3) == examples[:3]
 
 

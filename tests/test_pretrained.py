@@ -5,6 +5,8 @@ import http.server
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -22,7 +24,7 @@ from gpt.generation import generate
 from gpt.model import GPT
 from gpt.tokenizer import get_tokenizer, merges, vocabulary
 from scripts import validate
-from tests.conftest import TEXT, Fork, assert_refused, metrics, random_gpt2, run, train
+from tests.conftest import ROOT, TEXT, Fork, assert_refused, metrics, random_gpt2, run, train
 
 
 def reference(folder):
@@ -169,6 +171,18 @@ def test_an_export_overwrites_nothing(trained):
     assert {path.name: path.read_bytes() for path in (trained / "hf").iterdir()} == before
 
 
+def test_a_full_disk_leaves_no_half_export(trained, tmp_path):
+    """Whichever file it hits: one line, and no folder, not even a hidden one."""
+    for kilobytes in (1, 100, 3600):  # of a file: config.json and the tokenizer fit, then the weights do not
+        limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$0" -m scripts.export "$@"', sys.executable,
+                   "--checkpoint", str(trained / "model_00002.pt"), "--out", str(tmp_path / "out")]
+        done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        if kilobytes < 3600:
+            assert_refused(done, "File too large", "make room")
+            assert not list(tmp_path.iterdir())
+    assert done.returncode == 0 and (tmp_path / "out" / "config.json").exists(), done.stderr
+
+
 def test_weights_without_a_tokenizer(byte_data, tmp_path):
     """Token ids of one's own: the export has no tokenizer, and says so; the weights come back."""
     model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=4))
@@ -222,6 +236,13 @@ def pickle_with_code(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
 
 
+def pickled(content):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+    return change
+
+
 def index_outside(folder):
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../outside.safetensors"}}')
@@ -250,6 +271,22 @@ BAD = {
     "a size in words": (edit("n_embd", "many"), "n_embd 'many'"),
     "another width": (edit("n_embd", 48), "size mismatch"),
     "more positions": (edit("n_positions", 64), "size mismatch"),
+    "bidirectional attention": (edit("is_causal", False), "is_causal False"),
+    "other heads by another name": (edit("num_attention_heads", 5), "n_embd 24 is not divisible by n_head 5"),
+    "fewer positions than there are": (edit("n_positions", 32), "size mismatch"),
+    "a head that is not the embedding": (
+        weights(lambda t: t.update({"lm_head.weight": 2 * t["transformer.wte.weight"]})), "lm_head.weight"),
+    "a weight under two names": (weights(lambda t: t.update({"wpe.weight": t["transformer.wpe.weight"] + 1})), "twice"),
+    "deeper than JSON goes": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json"),
+    "a vocabulary deeper than JSON goes": (lambda f: (f / "vocab.json").write_text('{"a":' * 100_000), "vocab.json"),
+    "an index of a name too long": (lambda f: (
+        (f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "x" * 5000}}))), "not an index"),
+    "a number for a name": (pickled({5: torch.ones(2)}), "5 in"),
+    "a tensor without data": (pickled({"wte.weight": torch.empty(3, 4, device="meta")}), "wte.weight"),
+    "a sparse tensor": (pickled({"wte.weight": torch.eye(3).to_sparse()}), "wte.weight"),
+    "a tensor larger than its data": (pickled({"wte.weight": torch.ones(1).half().expand(10**13)}), "larger than"),
+    "a list of tensors": (pickled([torch.ones(2)]), "damaged"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "a JSON list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
@@ -277,11 +314,39 @@ def test_foreign_damaged_and_hostile_folders_are_refused_by_name(gpt2_folder, tm
         folder = tmp_path / str(number)
         shutil.copytree(gpt2_folder, folder)
         change(folder)
-        with pytest.raises(UserError) as error:
+        try:
             checkpoint.load(folder)
-        assert words in str(error.value) and "\n" not in str(error.value), (case, str(error.value))
+        except UserError as refusal:
+            error = str(refusal)
+        else:
+            raise AssertionError(f"{case} is accepted")
+        assert words in error and "\n" not in error, (case, error)
         shutil.rmtree(folder)
     assert "code was run" not in capsys.readouterr().out
+
+
+def test_names_that_transformers_also_knows(gpt2_folder, tmp_path):
+    """A shape in the words of other models, and a head that is stored although it is the embedding."""
+    config = json.loads((gpt2_folder / "config.json").read_text())
+    for ours, other in (("n_positions", "max_position_embeddings"), ("n_layer", "num_hidden_layers"),
+                        ("n_head", "num_attention_heads"), ("n_embd", "hidden_size")):
+        config[other] = config.pop(ours)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(gpt2_folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})
+    assert checkpoint.load(tmp_path)["config"] == checkpoint.load(gpt2_folder)["config"]
+    with torch.no_grad():
+        idx = torch.randint(50257, (2, 48))
+        assert (GPT.from_pretrained(tmp_path)(idx) - reference(tmp_path)(idx).logits).abs().max() <= 1e-4
+
+
+def test_another_kind_of_tokenizer_is_unknown_not_an_error(gpt2_folder, tmp_path):
+    """A vocabulary with probabilities, say: the weights can be used all the same."""
+    shutil.copytree(gpt2_folder, tmp_path / "model")
+    for model in ({"type": "Unigram", "vocab": [["a", 0.0]]}, 3):
+        (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({"model": model}))
+        assert checkpoint.load(tmp_path / "model")["tokenizer"] is None
 
 
 @pytest.fixture
@@ -361,12 +426,16 @@ def test_init_from_a_folder_fine_tunes_it(gpt2_folder, data_root, tmp_path):
     assert_refused(run(*words, "--log_dir", tmp_path / "new", "--model.block_size", "49"), "48 positions")
 
 
-def test_validate_finds_agreement_and_difference(gpt2_folder, trained, capsys, monkeypatch):
+def test_validate_finds_agreement_and_difference(gpt2_folder, trained, tmp_path, capsys, monkeypatch):
     """Exit status 0 for a folder and for our checkpoint, 1 where one weight is another."""
     for model in (gpt2_folder, trained / "model_00002.pt"):
         done = run("-m", "scripts.validate", "--model", model, "--prompt", "Hello world")
         assert done.returncode == 0 and "they agree" in done.stdout, done.stdout + done.stderr
         assert done.stdout.count("Hello world") == 2 and done.stdout.count("%") == 10
+    folder = tmp_path / "with_settings"
+    shutil.copytree(gpt2_folder, folder)
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5, "do_sample": true}')
+    assert validate.main(validate.ValidateConfig(model=str(folder), top=10**6)) == 0
     content = checkpoint.load(gpt2_folder)
     content["model"]["h.1.mlp.c_fc.bias"][3] += 0.1
     monkeypatch.setattr(checkpoint, "load", lambda source: content)
