@@ -73,8 +73,8 @@ def load_examples(data: str | None = None, limit: int = 0) -> list[Example]:
             records = datasets.load_dataset("Rowan/hellaswag", split="validation")
         except Exception as error:  # of the network, the hub or the disk
             reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"HellaSwag cannot be had from the Hugging Face hub ({reason}): pass --data with its "
-                            f"hellaswag_val.jsonl") from None
+            raise UserError(f"HellaSwag cannot be had from the Hugging Face hub ({reason}): pass its file "
+                            f"hellaswag_val.jsonl, with --data (in training --hellaswag_data)") from None
     else:
         try:
             records = [line for line in Path(data).read_text("utf-8-sig").split("\n") if line.strip()]

@@ -1,4 +1,4 @@
-"""HellaSwag's examples per second, the usual way against ours: python -m tests.bench_hellaswag [--examples 60]
+"""HellaSwag's examples per second, the usual way against ours: python -m tests.bench_hellaswag [--examples 100]
 
 A model of random weights in GPT-2 124M's shape, and examples cut from tests/data/coriolanus.txt: a third as long as
 those from ActivityNet, the others as those from WikiHow; contexts have 250 characters in the mean and endings 130,
@@ -38,8 +38,8 @@ def make_examples(count: int, seed: int = 0) -> list[hellaswag.Example]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=60)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--examples", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--data")
     parser.add_argument("--batch_tokens", type=int, default=hellaswag.BATCH_TOKENS["cpu"])
     arguments = parser.parse_args()
