@@ -50,19 +50,19 @@ def test_predictions_are_those_of_the_usual_way(block_size, rows):
         assert len(set(predictions.flatten().tolist())) > 1
 
 
-@pytest.mark.parametrize("std", [0.02, 0.3])
-def test_a_first_pass_in_half_precision_changes_no_prediction(std, monkeypatch):
+@pytest.mark.parametrize("std, count", [(0.02, 60), (0.3, 200)])
+def test_a_first_pass_in_half_precision_changes_no_prediction(std, count, monkeypatch):
     """What bfloat16 alone gets wrong, or might, float32 decides; most examples it need not look at again."""
-    net, examples = model(std=std), make_examples(200)
+    net, examples = model(std=std), make_examples(count)
     exact = hellaswag.predict(net, BYTES, examples, 8192, torch.float32)
     scored, score = [], hellaswag.score
     monkeypatch.setattr(hellaswag, "score", lambda net, groups, n: scored.append(len(groups)) or score(net, groups, n))
     rough = {}
     both = hellaswag.predict(net, BYTES, examples, 8192, torch.bfloat16, rough.setdefault)
     assert torch.equal(both, exact)
-    assert sorted(rough) == list(range(200)) and scored[0] == 200 and sum(scored[1:]) < 100
+    assert sorted(rough) == list(range(count)) and scored[0] == count and sum(scored[1:]) < count / 2
     if std == 0.3:
-        rough = torch.stack([rough[i].argmin(1) for i in range(200)])
+        rough = torch.stack([rough[i].argmin(1) for i in range(count)])
         assert not torch.equal(rough, exact), "bfloat16 alone was right: this test shows nothing"
 
 
@@ -128,24 +128,6 @@ def test_ranks_share_the_examples(log_dir, tmp_path):
     one = result(run("-m", "scripts.eval_hellaswag", *words, "--limit", "2"))
     assert one["examples"] == 2
     assert result(run_ranks(3, "-m", "scripts.eval_hellaswag", *words, "--limit", "2")[0]) == one
-
-
-def test_an_interrupted_run_looks_again_and_keeps_what_it_saw(data_root, tmp_path):
-    """Stopped, then resumed: every step has its record, once, as in the undisturbed run."""
-    words = ["-m", "scripts.train", "--data_root", data_root, *TINY, "--max_steps", "12", "--sample_every", "0",
-             "--eval_every", "0", "--save_every", "5", "--hellaswag_every", "1", "--hellaswag_data", DATA,
-             "--hellaswag_limit", "2"]
-    assert run(*words, "--log_dir", tmp_path / "whole").returncode == 0
-    process = start(*words, "--log_dir", tmp_path / "stopped")
-    while "step 5" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 143
-    assert run(*words, "--log_dir", tmp_path / "stopped").returncode == 0
-    assert metrics(tmp_path / "stopped", "hellaswag") == metrics(tmp_path / "whole", "hellaswag")
-    assert len(metrics(tmp_path / "whole", "hellaswag")) == 12
 
 
 def test_a_signal_ends_it(data_root, tmp_path):
