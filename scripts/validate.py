@@ -34,10 +34,6 @@ def main(config: ValidateConfig) -> int:
     """Print the comparison; returns 0 if the models agree, else 1."""
     if config.max_new_tokens < 1 or config.top < 1:
         raise UserError(f"max_new_tokens is {config.max_new_tokens} and top is {config.top}: both must be 1 or more")
-    from transformers import GenerationConfig, GPT2LMHeadModel, logging  # seconds
-
-    logging.disable_progress_bar()
-
     content = checkpoint.load(config.model)
     ours = GPT.from_checkpoint(content).eval()
     encoding = get_tokenizer(content.get("tokenizer") or "gpt2")
@@ -46,6 +42,9 @@ def main(config: ValidateConfig) -> int:
     if not prompt or room < 1 or max(prompt) >= ours.config.vocab_size:
         raise UserError(f"the prompt has {len(prompt)} tokens: it must have at least one and fewer than block_size "
                         f"{ours.config.block_size}, with ids below vocab_size {ours.config.vocab_size}")
+    from transformers import GenerationConfig, GPT2LMHeadModel, logging  # seconds
+
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         if Path(config.model).is_file():
             pretrained.save(content, Path(folder))
