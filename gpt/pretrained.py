@@ -80,27 +80,30 @@ def find_folder(name_or_path: str | Path) -> Path:
 
     Raises UserError for a folder without config.json and for a name that the hub does not hand out.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{str(folder)!r} has no config.json: {INSTEAD}")
-        return folder
+    folder = Path(name_or_path) if Path(name_or_path).is_dir() else download(str(name_or_path))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(name_or_path)!r} has no config.json: {INSTEAD}")
+    return folder
+
+
+def download(name: str) -> Path:
+    """The folder with the files of a model on the hub. Raises UserError where they cannot be had."""
     from huggingface_hub import errors, snapshot_download  # 0.3 s, and most runs need no hub
 
     try:
         files = ["config.json", "vocab.json", "tokenizer.json"]
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=[*files, "model*.safetensors*"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*files, "model*.safetensors*"]))
         if not weight_files(folder):
-            folder = Path(snapshot_download(str(name_or_path), allow_patterns=[*files, "pytorch_model*.bin*"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*.bin*"]))
+        return folder
     except Exception as error:  # of the network, the hub, the disk, or a name that cannot be one
         known = {errors.GatedRepoError: "its terms must be accepted there first, then run `hf auth login`",
                  errors.RepositoryNotFoundError: "it is not there, or it is private: then run `hf auth login`",
                  errors.LocalEntryNotFoundError: "no connection to it, and no copy from earlier"}
         reason = next((words for kind, words in known.items() if isinstance(error, kind)),
                       str(error).strip().split("\n")[0][:200])
-        raise UserError(f"{str(name_or_path)!r} is not a folder here, and cannot be had from the Hugging Face hub "
-                        f"({reason}): {INSTEAD}") from None
-    return folder
+        raise UserError(f"{name!r} is not a folder here, and cannot be had from the Hugging Face hub ({reason}): "
+                        f"{INSTEAD}") from None
 
 
 def read_config(path: Path) -> GPTConfig:

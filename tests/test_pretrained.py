@@ -355,14 +355,17 @@ def test_another_kind_of_tokenizer_is_unknown_not_an_error(gpt2_folder, tmp_path
 
 @pytest.fixture
 def hub(gpt2_folder):
-    """A web server with what a download asks of the hub: me/tiny is there, me/secret is gated. Its address."""
+    """A web server with what a download asks of the hub: its address. me/empty has no files, me/secret is gated."""
     files = {path.name: path.read_bytes() for path in gpt2_folder.iterdir()}
     revision = "0" * 40
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
             path = self.path.split("?")[0]
-            if path.startswith("/api/models/me/tiny/tree"):
+            if path.startswith("/api/models/me/empty"):
+                about = {"id": "me/empty", "sha": revision, "siblings": []}
+                self.answer(200, b"[]" if "/tree/" in path else json.dumps(about).encode())
+            elif path.startswith("/api/models/me/tiny/tree"):
                 listing = [{"type": "file", "path": name, "size": len(content), "oid": revision}
                            for name, content in files.items()]
                 self.answer(200, json.dumps(listing).encode())
@@ -405,6 +408,8 @@ def test_a_name_on_the_hub(hub, tmp_path):
     nobody = "http://127.0.0.1:9"
     assert load("me/tiny", nobody).stdout == done.stdout
     assert_refused(load("gpt2", nobody), "'gpt2'", "no connection", "a folder")
+    empty = load("me/empty")  # the library shows its progress on the way
+    assert empty.returncode == 2 and "error: 'me/empty' has no config.json" in empty.stderr, empty.stderr
     assert_refused(load("me/other"), "'me/other'", "it is not there", "a folder")
     assert_refused(load("me/secret"), "'me/secret'", "terms", "hf auth login")
 
