@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--data")
+    parser.add_argument("--float32", action="store_true", help="without a first pass in half precision")
     parser.add_argument("--batch_tokens", type=int, default=hellaswag.BATCH_TOKENS["cpu"])
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def main() -> None:
         began = time.perf_counter()
         usual = {i: plain_hellaswag.predict(model, encoding, example)[:2] for i, example in enumerate(examples)}
         middle = time.perf_counter()
-        dtype = hellaswag.fast_dtype(torch.device("cpu"))
+        dtype = torch.float32 if arguments.float32 else hellaswag.fast_dtype(torch.device("cpu"))
         ours = hellaswag.predict(model, encoding, examples, arguments.batch_tokens, dtype)
         ended = time.perf_counter()
         assert ours.tolist() == [list(usual[i]) for i in range(len(examples))], "the predictions differ"
