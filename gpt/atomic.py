@@ -1,10 +1,13 @@
-"""Files that appear only when they are complete."""
+"""Files that appear only when they are complete, and JSON files."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from gpt.errors import UserError
 
 
 @contextlib.contextmanager
@@ -41,3 +44,16 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
     """Delete what killed processes left half-written in `folder`; call it only where nobody is writing."""
     for temporary in Path(folder).glob(".*.tmp"):
         temporary.unlink()
+
+
+def read_json(path: Path, what: str) -> dict:
+    """The JSON object in a file that should hold `what`. Raises UserError; FileNotFoundError where there is no file."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not {what} ({error})") from None
+    return content

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from gpt.errors import UserError
-from gpt.shards import find_shards, open_shard
+from gpt.shards import find_shards, fitting_seq_len, open_shard
 
 
 def shuffled(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -54,11 +54,13 @@ class DataLoaderLite:
         self.micro_batch = 0
         self.paths = find_shards(data_root, split)
         self.shards = [open_shard(path) for path in self.paths]
-        windows = [(len(shard) - 1) // seq_len for shard in self.shards]
-        for path, shard, count in zip(self.paths, self.shards, windows, strict=True):
-            if count < 1:
-                raise UserError(f"shard {path} has {len(shard)} tokens: one window needs seq_len + 1 = {seq_len + 1}; "
-                                f"lower --seq_len or prepare more text")
+        windows = [max(len(shard) - 1, 0) // seq_len for shard in self.shards]  # the last may be too short for one
+        if not any(windows):
+            longest, length = max(enumerate(map(len, self.shards)), key=lambda item: item[1])
+            fits = fitting_seq_len(length)
+            raise UserError(f"shard {self.paths[longest]} has {length} tokens: one window needs seq_len + 1 = "
+                            f"{seq_len + 1}; " + (f"pass --seq_len {fits}, as --seq_len auto does" if 0 < fits < seq_len
+                                                  else "lower --seq_len") + ", or prepare more text")
         self.first_window = np.cumsum([0, *windows])  # (shards + 1,): global number of each shard's first window
         self.n_windows = int(self.first_window[-1])
 

@@ -1,6 +1,7 @@
 """The loss of a model on text: on batches, and with as much context as it can have."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -14,24 +15,30 @@ from gpt.model import GPT
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-             autocast: contextlib.AbstractContextManager, dist: Distributed) -> float:
-    """Mean loss in nats per token over the (x, y) `batches` of all ranks, every token with the same weight.
+             autocast: contextlib.AbstractContextManager, dist: Distributed,
+             bytes_of: torch.Tensor) -> tuple[float, float | None]:
+    """Mean loss in nats per token, and in bits per byte, over the (x, y) `batches` of all ranks; every token has the
+    same weight. Bits per byte compare models with different tokenizers; None where the text has no bytes.
 
+    bytes_of: (vocab_size,) bytes of text that each token stands for, see `gpt.tokenizer.token_bytes`.
     Call it with the uncompiled model: switching a compiled one to evaluation mode would compile it again.
     """
     was_training = model.training
     model.eval()
-    losses, counts = [], []
+    losses, counts, sizes = [], [], []
     for x, y in batches:
         with autocast:
             losses.append(model(x, y))
         counts.append(y.numel())
+        sizes.append(bytes_of[y].sum())
     model.train(was_training)
     # Sums in float64 on the CPU; a rank with no batch at all adds nothing.
     means = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
     tokens = torch.tensor(counts, dtype=torch.float64)
-    rows = dist.all_gather(torch.stack([means @ tokens, tokens.sum()]))
-    return sum(total for total, _ in rows) / sum(count for _, count in rows)
+    n_bytes = torch.stack(sizes).sum().cpu().double() if sizes else torch.zeros((), dtype=torch.float64)
+    nats, n_tokens, n_bytes = map(sum, zip(*dist.all_gather(torch.stack([means @ tokens, tokens.sum(), n_bytes])),
+                                           strict=True))
+    return nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else None
 
 
 @torch.no_grad()

@@ -64,12 +64,15 @@ class RunLog:
             self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | "
                        f"grad norm: {grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f}")
 
-    def validation(self, *, step: int, loss: float) -> None:
-        """Log the validation loss, in nats per token, of the model after `step` updates."""
+    def validation(self, *, step: int, loss: float, bits_per_byte: float | None) -> None:
+        """Log the validation loss, in nats per token, of the model after `step` updates, and in bits per byte of text
+        where that is known."""
         if self.enabled:
             perplexity = math.exp(min(loss, 700))  # beyond that a float overflows
-            self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity})
-            self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}")
+            known = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
+            self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity, **known})
+            self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}"
+                       + "".join(f" | bits per byte: {bits:.4f}" for bits in known.values()))
 
     def hellaswag(self, *, step: int, **result: float) -> None:
         """Log what `gpt.hellaswag.evaluate` found for the model after `step` updates."""

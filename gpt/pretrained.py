@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gpt import serialization
+from gpt.atomic import read_json
 from gpt.config import GPTConfig
 from gpt.errors import UserError
-from gpt.serialization import read_json
-from gpt.tokenizer import get_tokenizer, merges, vocabulary
+from gpt.tokenizer import get_tokenizer, merges, read_table, vocabulary
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -169,14 +169,16 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def find_tokenizer(folder: Path, config: GPTConfig) -> str | None:
-    """"gpt2" if that is the tokenizer of a model's folder, else None."""
+    """The tokenizer of a model's folder, as `gpt.tokenizer` names it: "gpt2", or one of ours; None for another."""
     path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()), None)
     if path is None:
         return "gpt2" if config.vocab_size == get_tokenizer().n_vocab else None
     theirs = read_json(path, "a tokenizer's vocabulary")
     if path.name == "tokenizer.json":
         theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
-    return "gpt2" if isinstance(theirs, dict) and vocabulary(get_tokenizer()).items() <= theirs.items() else None
+    own = [read_table(folder)] if (folder / "tokenizer.tiktoken").is_file() else []  # beside what other tools read
+    return next((known for known in ("gpt2", *own) if isinstance(theirs, dict)
+                 and vocabulary(get_tokenizer(known)).items() <= theirs.items()), None)
 
 
 def save(checkpoint: dict, folder: Path) -> None:
@@ -206,6 +208,8 @@ def save(checkpoint: dict, folder: Path) -> None:
 
             tokenizer = GPT2Tokenizer(vocabulary(encoding), merges(encoding), model_max_length=config["block_size"])
             tokenizer.save_pretrained(folder)
+            if encoding.name != "gpt2":
+                (folder / "tokenizer.tiktoken").write_text(checkpoint["tokenizer"])
         save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     except Exception as error:  # two Rust libraries, which put an OSError into words
         if not (number := re.search(r"os error (\d+)", str(error))):

@@ -1,6 +1,5 @@
-"""Files that can be trusted: `.pt` written whole, verified before it is believed, and without code in it; and JSON."""
+"""Files that can be trusted: `.pt` written whole, verified before it is believed, and without code in it."""
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -60,17 +59,4 @@ def read(path: Path) -> dict:
         raise UserError(f"{path} is damaged or not a .pt file ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
-
-
-def read_json(path: Path, what: str) -> dict:
-    """The JSON object in a file that should hold `what`. Raises UserError; FileNotFoundError where there is no file."""
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}, not an object")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not {what} ({error})") from None
     return content

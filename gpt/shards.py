@@ -1,13 +1,17 @@
 """Token shards on disk: `<data_root>/{train,val}_NNNNN.npy`, 1-D integer arrays, and `meta.json` beside them."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from gpt.atomic import atomic_write
+from gpt.atomic import atomic_write, read_json
 from gpt.errors import UserError
-from gpt.serialization import read_json
+from gpt.tokenizer import new_tokenizer, read_table
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -23,6 +27,93 @@ def write_shard(data_root: str | Path, split: str, index: int, tokens: np.ndarra
     return path
 
 
+class ShardWriter:
+    """Writes the tokens of a split into shards of `shard_size`, each under its name only when it is complete.
+
+    What the unfinished one has so far is on disk as `.<name>.part`. Shards are numbered first, first + every, …, so
+    that several writers share a folder. `shards` and `unfinished` (tokens) say where the writer stands; a new one that
+    is given the same numbers goes on there, provided `sync` was called then.
+    """
+
+    HEADER = 128  # bytes before the tokens: NumPy leaves room in it for every length
+
+    def __init__(self, data_root: str | Path, split: str, dtype: type, shard_size: int, *, first: int = 0,
+                 every: int = 1, shards: int = 0, unfinished: int = 0):
+        self.root, self.split, self.dtype, self.shard_size = Path(data_root), split, np.dtype(dtype), shard_size
+        self.first, self.every, self.shards, self.unfinished = first, every, shards, unfinished
+        self.file: BinaryIO | None = None
+
+    def paths(self) -> tuple[Path, Path]:
+        """Where the unfinished shard is, and where it will be."""
+        path = self.root / f"{self.split}_{self.first + self.shards * self.every:05d}.npy"
+        return path.with_name(f".{path.name}.part"), path
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append tokens (1-D). Raises OSError where they cannot be written, to a full disk for one."""
+        try:
+            while len(tokens):
+                self.open()
+                room = self.shard_size - self.unfinished
+                self.file.write(np.ascontiguousarray(tokens[:room], dtype=self.dtype).data)
+                self.unfinished += len(tokens[:room])
+                tokens = tokens[room:]
+                if self.unfinished == self.shard_size:
+                    self.close()
+        except OSError as error:
+            error.filename = str(self.paths()[1])
+            raise
+
+    def open(self) -> None:
+        """Make sure that `file` is the unfinished shard, at its end."""
+        if self.file:
+            return
+        part, path = self.paths()
+        if self.unfinished and not part.exists() and path.exists():  # completed after the position was noted
+            os.replace(path, part)
+        self.file = part.open("r+b" if self.unfinished else "w+b")
+        size = self.HEADER + self.unfinished * self.dtype.itemsize
+        if self.file.seek(0, os.SEEK_END) < size and self.unfinished:
+            raise UserError(f"{part} is shorter than it was: delete {str(self.root)!r} and prepare the data again")
+        self.file.truncate(size)
+        self.file.seek(size)
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Complete the unfinished shard, if there is one."""
+        if not self.unfinished:
+            return
+        self.open()
+        part, path = self.paths()
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, {
+            "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.unfinished,)})
+        self.sync()
+        self.file.close()
+        os.replace(part, path)
+        self.file, self.shards, self.unfinished = None, self.shards + 1, 0
+
+    def abandon(self, delete: bool) -> None:
+        """Close the unfinished shard as it is, or delete it."""
+        if self.file:
+            with contextlib.suppress(OSError):  # of a full disk, for what was not yet written
+                self.file.close()
+            self.file = None
+        if delete:
+            self.paths()[0].unlink(missing_ok=True)
+
+
+def write_tokenizer(data_root: str | Path, tokenizer: str) -> None:
+    """Write the merge table of a tokenizer of one's own beside the shards; nothing for "gpt2"."""
+    if tokenizer != "gpt2":
+        with atomic_write(Path(data_root) / "tokenizer.tiktoken") as file:
+            file.write(tokenizer.encode())
+
+
 def write_meta(data_root: str | Path, meta: dict) -> None:
     """Write `meta.json`. Call it last: its presence says that the shards are complete."""
     with atomic_write(Path(data_root) / "meta.json") as file:
@@ -32,18 +123,43 @@ def write_meta(data_root: str | Path, meta: dict) -> None:
 def read_meta(data_root: str | Path) -> dict:
     """What `meta.json` says, or {} where there is none (people make shards of their own with `np.save`).
 
-    Raises UserError if the file is there but is not a JSON object, or its tokenizer or vocab_size cannot be one.
+    Its "tokenizer" is what `gpt.tokenizer.get_tokenizer` takes. Raises UserError if the file is there but is not a JSON
+    object, its tokenizer or vocab_size cannot be one, or a preparation has not come to its end.
     """
     path = Path(data_root) / "meta.json"
     try:
         meta = read_json(path, "a JSON object: prepare the data again, or delete this file")
     except FileNotFoundError:
+        if unfinished := sorted(Path(data_root).glob("prepare_*_of_*.json")):
+            raise UserError(f"{str(data_root)!r} is not prepared to its end ({unfinished[0].name}): run the same "
+                            f"`python -m scripts.prepare` again, and after several parts --merge") from None
         return {}
     vocab_size = meta.get("vocab_size", 1)
     if type(vocab_size) is not int or vocab_size < 1 or not isinstance(meta.get("tokenizer", ""), str | None):
         raise UserError(f"{path} has vocab_size {vocab_size!r} and tokenizer {meta.get('tokenizer')!r}: expected a "
                         f"whole number above 0 and a name; prepare the data again, or delete this file")
+    if (path.parent / "tokenizer.tiktoken").is_file():
+        table = read_table(path.parent)
+        if (name := new_tokenizer(table).name) != meta.get("tokenizer"):
+            raise UserError(f"{path} has the tokenizer {meta.get('tokenizer')}, beside it lies {name}: prepare the "
+                            f"data again")
+        meta["tokenizer"] = table
     return meta
+
+
+def is_complete(data_root: str | Path, meta: dict) -> bool:
+    """Whether every split that `meta` tells of is there, whole."""
+    try:
+        return bool(meta) and all(
+            about["tokens"] == sum(len(open_shard(path)) for path in Path(data_root).glob(f"{split}_*.npy"))
+            for split, about in meta["splits"].items())
+    except (UserError, KeyError, TypeError, AttributeError):  # damaged shards, or a meta.json of another kind
+        return False
+
+
+def count(meta: dict) -> str:
+    """The sizes of the splits in words."""
+    return " and ".join(f"{about['tokens']:,} {split} tokens" for split, about in meta["splits"].items())
 
 
 def find_shards(data_root: str | Path, split: str) -> list[Path]:
@@ -57,6 +173,22 @@ def find_shards(data_root: str | Path, split: str) -> list[Path]:
         raise UserError(f"no shards for split {split} in {str(root)!r}: expected files like {split}_00000.npy; "
                         f"run `python prepare_shakespeare.py`, or pass another --data_root")
     return paths
+
+
+def fitting_seq_len(tokens: int) -> int:
+    """The longest power of two from 32 to 256 of which a window fits into `tokens` tokens; 0 where none does."""
+    return next((seq_len for seq_len in (256, 128, 64, 32) if tokens > seq_len), 0)
+
+
+def auto_seq_len(data_root: str | Path, splits: Iterable[str]) -> int:
+    """The longest seq_len up to 256 of which each split has a window. Raises UserError where not even 32 fits."""
+    lengths = {path: len(open_shard(path)) for split in splits
+               for path in [max(find_shards(data_root, split), key=lambda path: len(open_shard(path)))]}
+    shortest = min(lengths, key=lengths.get)
+    if not (fits := fitting_seq_len(lengths[shortest])):
+        raise UserError(f"shard {shortest} has {lengths[shortest]} tokens: a window of 32, the shortest that --seq_len "
+                        f"auto takes, needs 33; prepare more text")
+    return fits
 
 
 def open_shard(path: str | Path) -> np.ndarray:

@@ -1,12 +1,24 @@
-"""GPT-2's byte-pair encoding, offline."""
+"""Byte-pair encoding, offline: GPT-2's, and tokenizers of one's own.
 
+A tokenizer is named by one string, which data, checkpoints and functions carry: "gpt2", or its whole merge table in
+tiktoken's form, a line for each token: its bytes in base64, a space, its rank. All of them cut text into pieces as
+GPT-2 does, and have `<|endoftext|>` as their last token.
+"""
+
+import base64
 import functools
+import hashlib
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
 from gpt.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
 
 # GPT-2's 50,256 merges as a tiktoken table, with the hash that tiktoken publishes for r50k_base.
 MERGES = Path(__file__).with_name("r50k_base.tiktoken")
@@ -17,21 +29,71 @@ MERGES_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd93
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
-@functools.cache
-def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
-    """The encoding called `name`: "gpt2", equal to `tiktoken.get_encoding("gpt2")` but without a network.
+def new_tokenizer(tokenizer: str = "gpt2") -> tiktoken.Encoding:
+    """The encoding of "gpt2", equal to `tiktoken.get_encoding("gpt2")` but without a network, or of a merge table.
 
-    It has 50,257 tokens; `<|endoftext|>` is 50256. Raises UserError for another name.
+    GPT-2 has 50,257 tokens. An encoding of another table is called `bpe<number of tokens>-<hash of the table>`.
+    Raises UserError for another name, or a table that is damaged.
     """
-    if name != "gpt2":
-        raise UserError(f"unknown tokenizer {name!r}: this version knows 'gpt2'")
-    return tiktoken.Encoding(
-        name="gpt2",
-        pat_str=PATTERN,
-        mergeable_ranks=load_tiktoken_bpe(str(MERGES), expected_hash=MERGES_SHA256),
-        special_tokens={"<|endoftext|>": 50256},
-        explicit_n_vocab=50257,
-    )
+    if tokenizer == "gpt2":
+        name, table = "gpt2", load_tiktoken_bpe(str(MERGES), expected_hash=MERGES_SHA256)
+    else:
+        if "\n" not in tokenizer:
+            raise UserError(f"unknown tokenizer {tokenizer!r}: expected 'gpt2', or a folder that "
+                            f"`python -m scripts.train_tokenizer` wrote")
+        try:
+            pairs = [line.split() for line in tokenizer.splitlines()]
+            table = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            if sorted(table.values()) != [*range(len(pairs))] or not all(bytes([i]) in table for i in range(256)):
+                raise ValueError("ranks or bytes are missing, or there twice")
+        except ValueError as error:
+            raise UserError(f"a tokenizer's merge table is damaged ({error})") from None
+        name = f"bpe{len(table) + 1}-{hashlib.sha256(tokenizer.encode()).hexdigest()[:8]}"
+    return tiktoken.Encoding(name=name, pat_str=PATTERN, mergeable_ranks=table,
+                             special_tokens={END_OF_TEXT: len(table)}, explicit_n_vocab=len(table) + 1)
+
+
+get_tokenizer = functools.cache(new_tokenizer)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """Learn a byte-level BPE of `vocab_size` tokens, `<|endoftext|>` among them, from texts; the merge table.
+
+    It is smaller than asked where the texts have no more pairs to merge. Raises UserError for a size below 257.
+    """
+    if not 257 <= vocab_size <= 2**24:
+        raise UserError(f"vocab_size is {vocab_size}: it must be at least 257, the 256 bytes and {END_OF_TEXT}, and at "
+                        f"most {2**24}")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts text with GPT-2's expression
+    learner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    byte_of = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+    tokens = sorted(learner.get_vocab().items(), key=lambda item: item[1])  # the bytes, then in the order of merging
+    return "".join(f"{base64.b64encode(bytes(byte_of[letter] for letter in token)).decode()} {rank}\n"
+                   for rank, (token, _) in enumerate(tokens))
+
+
+def read_table(folder: str | Path) -> str:
+    """The merge table in `folder`/tokenizer.tiktoken. Raises UserError if it cannot be read or is damaged."""
+    path = Path(folder) / "tokenizer.tiktoken"
+    try:
+        table = path.read_text(encoding="ascii")
+        new_tokenizer(table)
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{path} is not a tokenizer ({error})") from None
+    return table
+
+
+def token_bytes(encoding: tiktoken.Encoding, size: int = 0) -> np.ndarray:
+    """How many bytes of text each token stands for, int64, `size` of them if those are more than the encoding has:
+    0 for `<|endoftext|>`, which stands between texts, and for what is no token."""
+    lengths = np.zeros(max(encoding.n_vocab, size), dtype=np.int64)
+    for token, rank in ranks(encoding).items():
+        lengths[rank] = len(token)
+    return lengths
 
 
 def vocabulary(encoding: tiktoken.Encoding) -> dict[str, int]:
@@ -50,7 +112,7 @@ def merges(encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
     for token, rank in known.items():
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            merged = [known.get(left + right, rank) for left, right in zip(parts, parts[1:], strict=False)]
+            merged = [known.get(left + right, rank) for left, right in itertools.pairwise(parts)]
             at = merged.index(min(merged))
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:

@@ -1,14 +1,15 @@
 """What all commands share: a dataclass becomes the flags, and a user's mistake one line and exit status 2."""
 
 import difflib
+import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, get_origin
 
 import jsonargparse
 
@@ -52,7 +53,7 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
     parser.add_class_arguments(config_class)
     try:
         try:
-            arguments = parser.parse_args(config_first(sys.argv[1:]))
+            arguments = parser.parse_args([*with_values(config_first(sys.argv[1:]), config_class)])
         except UnicodeDecodeError:
             parser.error("--config: not a text file")
         settings = vars(parser.instantiate(arguments))
@@ -98,6 +99,22 @@ def config_first(words: list[str]) -> list[str]:
         is_config = word == "--config" or word.startswith("--config=") or (i > 0 and words[i - 1] == "--config")
         (files if is_config else flags).append(word)
     return files + flags
+
+
+def with_values(words: list[str], config_class: type) -> Iterator[str]:
+    """The command line as jsonargparse takes it: `--input a b` becomes a JSON list, `--merge` alone `--merge true`."""
+    kinds = {f"--{each.name}": each.type for each in fields(config_class)}
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    for flag, *values in groups:
+        if get_origin(kinds.get(flag)) is list and values and not (values[0].startswith("[") and values[0][-1] == "]"):
+            values = [json.dumps(values)]
+        elif kinds.get(flag) is bool and not values:
+            values = ["true"]
+        yield from (flag, *values)
 
 
 def find_checkpoint(config: CheckpointConfig) -> tuple[str, dict]:

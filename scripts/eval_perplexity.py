@@ -12,6 +12,7 @@ from gpt.distributed import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_losses
 from gpt.shards import find_shards, open_shard, read_meta
+from gpt.tokenizer import get_tokenizer, token_bytes
 from scripts import command_line
 
 
@@ -43,9 +44,7 @@ def main(config: PerplexityConfig) -> None:
     pieces = [piece for piece in read_tokens(Path(config.data), encoding) if len(piece) > 1]
     if not pieces:
         raise UserError(f"data {config.data!r} has fewer than two tokens: there is nothing to predict")
-    bytes_of = np.zeros(max(encoding.n_vocab, model.config.vocab_size), dtype=np.int64)
-    for i in range(encoding.eot_token):  # which itself stands between documents and is not text
-        bytes_of[i] = len(encoding.decode_single_token_bytes(i))
+    bytes_of = token_bytes(encoding, model.config.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with tqdm(total=sum(len(piece) - 1 for piece in pieces), unit="token", unit_scale=True, disable=None) as bar:
         for piece in pieces:
@@ -64,7 +63,7 @@ def main(config: PerplexityConfig) -> None:
 def read_tokens(data: Path, encoding: tiktoken.Encoding) -> list[np.ndarray]:
     """The token ids of a text file, or of each val shard in a folder. Raises UserError if they cannot be read."""
     if data.is_dir():
-        if (theirs := read_meta(data).get("tokenizer", encoding.name)) != encoding.name:
+        if (known := read_meta(data).get("tokenizer")) and (theirs := get_tokenizer(known).name) != encoding.name:
             raise UserError(f"data {str(data)!r} was made with the tokenizer {theirs}, the model's is {encoding.name}")
         return [open_shard(path) for path in find_shards(data, "val")]
     try:

@@ -30,9 +30,9 @@ from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizers, learning_rate
 from gpt.run_lock import only_run_in
-from gpt.shards import read_meta
+from gpt.shards import auto_seq_len, read_meta
 from gpt.signals import StopSignal
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import get_tokenizer, token_bytes
 from scripts import command_line
 
 
@@ -53,8 +53,8 @@ class TrainConfig:
     """tokens in a step, over all micro-steps and processes"""
     micro_batch_size: int = 16
     """windows that one process takes at once; lower it if memory runs out"""
-    seq_len: int = 256
-    """tokens in a window"""
+    seq_len: int | Literal["auto"] = 256
+    """tokens in a window; auto: 256, or less where a split is short, but at least 32"""
     max_steps: int = 1000
     """updates in the run"""
     seed: int = 1337
@@ -121,11 +121,13 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
 
     # Data.
     meta = read_meta(config.data_root)
+    if config.seq_len == "auto":
+        config = replace(config, seq_len=auto_seq_len(config.data_root, ("train", "val")))
     vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
     tokenizer = meta.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
     encoding = get_tokenizer(tokenizer) if tokenizer else None
     if encoding and vocab_size > encoding.n_vocab:
-        raise UserError(f"model.vocab_size {vocab_size} is more than the {encoding.n_vocab} tokens of {tokenizer}: "
+        raise UserError(f"model.vocab_size {vocab_size} is more than the {encoding.n_vocab} tokens of {encoding.name}: "
                         f"leave it out, the vocabulary is never padded")
     loader_settings = dict(data_root=config.data_root, micro_batch_size=config.micro_batch_size, device=device,
                            seq_len=config.seq_len, vocab_size=vocab_size, rank=dist.rank, world_size=dist.world_size)
@@ -184,6 +186,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     if dist.is_master:
         with atomic_write(log_dir / "config.yaml") as file:
             file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+    bytes_of = torch.from_numpy(token_bytes(encoding, model.config.vocab_size) if encoding else
+                                np.zeros(model.config.vocab_size, dtype=np.int64)).to(device)
     best_loss = log.start(step, config.max_steps, evaluated=step == done_step)
     stopping = False
     while True:
@@ -196,9 +200,10 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         if step != done_step:
             val_loss = accuracy = None
             if evaluating:
-                val_loss = evaluate(model, val_loader.eval_batches(config.eval_tokens), autocast, dist)
+                val_loss, bits_per_byte = evaluate(model, val_loader.eval_batches(config.eval_tokens), autocast, dist,
+                                                   bytes_of)
                 check_finite(f"step {step}: validation loss {val_loss}", val_loss, config, last_saved)
-                log.validation(step=step, loss=val_loss)
+                log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
             if sampling and encoding and dist.is_master:
                 for text in complete(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
                                      top_k=200, seed=config.seed):
@@ -343,8 +348,9 @@ def starting_model(config: TrainConfig, vocab_size: int, tokenizer: str | None, 
             raise UserError(f"model.block_size {config.model.block_size} is more than the {longest} positions of "
                             f"{config.init_from}: they can be cut off, not made up")
         if theirs != tokenizer:
-            raise UserError(f"{config.init_from} has the tokenizer {theirs}, the data in {config.data_root!r} has "
-                            f"{tokenizer}: prepare the data with the tokenizer of the model")
+            names = [known and get_tokenizer(known).name for known in (theirs, tokenizer)]
+            raise UserError(f"{config.init_from} has the tokenizer {names[0]}, the data in {config.data_root!r} has "
+                            f"{names[1]}: prepare the data with the tokenizer of the model")
         model = GPT.from_checkpoint(start, dropout=wanted.dropout, block_size=config.model.block_size or longest)
     if model.config.vocab_size < vocab_size:
         raise UserError(f"{config.init_from} knows {model.config.vocab_size} tokens, the data in {config.data_root!r} "

@@ -1,0 +1,366 @@
+"""Turn text into token shards: python -m scripts.prepare --input my_texts --out my_data"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt.atomic import atomic_write, read_json
+from gpt.documents import Batch, Piece, Source, TextConfig, find_sources, read_batches, share_out
+from gpt.errors import UserError
+from gpt.run_lock import only_run_in
+from gpt.shards import (
+    ShardWriter,
+    count,
+    find_shards,
+    fitting_seq_len,
+    is_complete,
+    open_shard,
+    read_meta,
+    token_dtype,
+    write_meta,
+    write_tokenizer,
+)
+from gpt.tokenizer import END_OF_TEXT, get_tokenizer, new_tokenizer, read_table, token_bytes
+from scripts import command_line
+
+
+@dataclass
+class PrepareConfig(TextConfig):
+    """Settings of scripts.prepare."""
+
+    val_input: list[str] = field(default_factory=list)
+    """files, folders and patterns for validation; then all of input is for training"""
+    val_split: str | None = None
+    """split of the data set for validation; then all of --split is for training"""
+    val_tokens: int = 0
+    """keep the first tokens for validation, this many, instead of val_fraction"""
+    tokenizer: str = "gpt2"
+    """gpt2, or a folder that scripts.train_tokenizer wrote"""
+    allow_special: bool = False
+    """take <|endoftext|> inside a text as the token, not as text"""
+    out: str = "data"
+    """folder for the shards"""
+    shard_size: int = 100_000_000
+    """tokens in a shard"""
+    num_workers: int = 0
+    """threads that encode; 0: as many as there are processor cores"""
+    part: int = 0
+    """which of the parts to prepare, from 0"""
+    parts: int = 1
+    """prepare one part of this many, each by a command and perhaps a machine of its own; --merge joins them"""
+    merge: bool = False
+    """check that all parts are there and write the one meta.json"""
+    check: str | None = None
+    """a folder of shards: look at every token, say what is in it, and do nothing else"""
+
+
+# What has no influence on the files, or only on whether they come to be.
+NOT_COMPARED = ("out", "num_workers", "part", "merge", "check", "errors")
+
+CHECKED_AT_ONCE = 2**24  # tokens
+
+
+def main(config: PrepareConfig) -> None:
+    """Write the shards of the input, or of a part of it, and meta.json; go on where an interrupted run stopped."""
+    if config.check is not None:
+        return check_data(Path(config.check))
+    out = Path(config.out)
+    if config.merge:
+        print(f"{out} is complete: {count(merge(out))}")
+        return
+    check(config)
+    table = config.tokenizer if config.tokenizer == "gpt2" else read_table(config.tokenizer)
+    sources, val_sources = find_sources(config), []
+    if config.val_input or config.val_split:
+        text = {each.name: getattr(config, each.name) for each in fields(TextConfig)}
+        wanted = {"input": config.val_input, "dataset": None} if config.val_input else {"split": config.val_split}
+        val_sources = find_sources(TextConfig(**{**text, **wanted}), "val")
+    if config.val_tokens or val_sources or not config.val_fraction:
+        for source in sources:
+            source.split = "train"
+    files = [(source.path, source.size) for source in sources + val_sources]
+    settings = {key: value for key, value in asdict(config).items() if key not in NOT_COMPARED} | {
+        "tokenizer": new_tokenizer(table).name, "files": len(files), "bytes_on_disk": sum(size for _, size in files),
+        "names_and_sizes": hashlib.sha256(repr(files).encode()).hexdigest()}
+    if meta := read_finished(out):
+        refuse_other(out, settings, meta.get("settings"))
+        if not is_complete(out, meta):
+            raise UserError(f"out {config.out!r} has damaged or missing shards: delete it, or pass another --out")
+        print(f"{out} is complete ({count(meta)}): nothing to do")
+        return
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
+    try:
+        with only_run_in(out, "out", f"_{config.part:05d}"):
+            done = prepare_part(config, table, settings, out, [
+                *share_out(val_sources, config.part, config.parts), *share_out(sources, config.part, config.parts)])
+    finally:
+        if made and not any(out.iterdir()):
+            out.rmdir()
+    if done and config.parts == 1:
+        merge(out)
+
+
+def check(config: PrepareConfig) -> None:
+    """Raise UserError for a value that cannot be meant."""
+    if not 0 <= config.val_fraction < 1:
+        raise UserError(f"val_fraction is {config.val_fraction}: it must be at least 0 and below 1")
+    if bool(config.val_input) + bool(config.val_split) + bool(config.val_tokens) > 1:
+        raise UserError("val_input, val_split and val_tokens exclude one another: pass one of them")
+    if config.val_split and not config.dataset:
+        raise UserError(f"val_split {config.val_split!r} is of a data set of the hub: pass --dataset, or --val_input")
+    for name, low in (("val_tokens", 0), ("num_workers", 0), ("shard_size", 1), ("parts", 1), ("part", 0)):
+        if not low <= getattr(config, name) < 2**63:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be {low} or more")
+    if config.part >= config.parts:
+        raise UserError(f"part is {config.part} of {config.parts} parts: they count from 0 to {config.parts - 1}")
+
+
+def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, sources: list[Source]) -> bool:
+    """Write this part's shards; a record beside them says how far they have come. Whether they are all there."""
+    record = out / f"prepare_{config.part:05d}_of_{config.parts:05d}.json"
+    encoding = get_tokenizer(table)
+    nothing = {"tokens": 0, "documents": 0, "bytes": 0, "shards": 0, "unfinished": 0}
+    state = {"settings": settings, "table": table, "position": None, "finished": False,
+             "splits": {"train": nothing, "val": nothing.copy()}}
+    if record.exists():
+        state = read_json(record, "the record of a preparation: delete the folder and prepare the data again")
+        refuse_other(out, settings, state.get("settings"))
+    elif any(out.glob("*.npy")) and not any(out.glob("prepare_*_of_*.json")):
+        raise UserError(f"out {str(out)!r} holds other shards: pass another --out, or delete it first")
+    if state["finished"]:
+        print(f"part {config.part} of {config.parts} in {out} is complete: nothing to do")
+        return True
+    counts, dtype = state["splits"], token_dtype(encoding.n_vocab)
+    writers = {split: ShardWriter(out, split, dtype, config.shard_size, first=config.part, every=config.parts,
+                                  shards=about["shards"], unfinished=about["unfinished"])
+               for split, about in counts.items()}
+    bytes_of = token_bytes(encoding)
+    local = threading.local()  # an encoding for each thread: they wait for one another over the scratch space of one
+
+    def encode_batch(batch: Batch) -> tuple[dict[str, np.ndarray], Batch]:
+        if not hasattr(local, "encoding"):
+            local.encoding = new_tokenizer(table)
+        return {split: encode(local.encoding, pieces, config.allow_special).astype(dtype)
+                for split, pieces in batch.pieces.items()}, batch
+
+    began, before = time.perf_counter(), sum(about["tokens"] for about in counts.values())
+    workers = config.num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
+                                        else range(os.cpu_count() or 1))
+    if state["position"]:
+        print(f"going on with part {config.part} of {config.parts} in {out}, after {before:,} tokens")
+    batches = read_batches(sources, config, config.part, config.parts, state["position"])
+    bar = tqdm(total=1.0, disable=None, bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    read = 0
+    try:
+        save_state(record, state, writers)  # from now on the folder is known to be unfinished
+        with bar:
+            for tokens, batch in in_order(encode_batch, batches, workers):
+                if config.part == 0 and (wanted := config.val_tokens - counts["val"]["tokens"]) > 0:
+                    tokens = {"val": tokens["train"][:wanted], "train": tokens["train"][wanted:]}
+                complete = sum(writer.shards for writer in writers.values())
+                for split, found in tokens.items():
+                    writers[split].write(found)
+                    counts[split]["tokens"] += len(found)
+                    counts[split]["documents"] += int((found == encoding.eot_token).sum())
+                    counts[split]["bytes"] += int(bytes_of[found].sum())
+                    read += int(bytes_of[found].sum())
+                seconds = time.perf_counter() - began
+                total = sum(about["tokens"] for about in counts.values())
+                bar.set_postfix_str(f"{total:,} tokens, {(total - before) / seconds / 1e6:.2f}M tokens/s, "
+                                    f"{read / seconds / 1e6:.1f} MB/s", refresh=False)
+                bar.update(batch.share - bar.n)
+                if sum(writer.shards for writer in writers.values()) > complete:
+                    state["position"] = batch.position
+                    save_state(record, state, writers)
+        if config.parts == 1:
+            require_tokens(counts, settings)
+        for writer in writers.values():
+            writer.close()
+        state["finished"] = True
+        save_state(record, state, writers)
+    finally:
+        useless = not any(writer.shards for writer in writers.values())
+        for writer in writers.values():
+            writer.abandon(delete=useless)
+        if useless:
+            record.unlink(missing_ok=True)
+    seconds, documents = time.perf_counter() - began, sum(about["documents"] for about in counts.values())
+    total = sum(about["tokens"] for about in counts.values())
+    print(f"Saved {count(state)}, {documents:,} documents, in {seconds:.1f} s "
+          f"({(total - before) / seconds / 1e6:.2f}M tokens/s, {read / seconds / 1e6:.1f} MB/s)")
+    return True
+
+
+def save_state(record: Path, state: dict, writers: dict[str, ShardWriter]) -> None:
+    """Force to disk what the writers have, and note where they and the input stand."""
+    for split, writer in writers.items():
+        writer.sync()
+        state["splits"][split] |= {"shards": writer.shards, "unfinished": writer.unfinished}
+    with atomic_write(record) as file:
+        file.write(json.dumps(state).encode())
+
+
+def encode(encoding: Any, pieces: list[Piece], allow_special: bool) -> np.ndarray:
+    """The tokens (1-D) of pieces of text, with `<|endoftext|>` before each document.
+
+    All go to the tokenizer as one string: a call for each, and the lists it makes, cost as much as the encoding.
+    """
+    text = "".join(END_OF_TEXT + text if starts else text for starts, text in pieces)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a UTF-16 pair, as JSON may have it: U+FFFD, as in tiktoken
+        return encode(encoding, [(starts, part.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+                                 for starts, part in pieces], allow_special)
+    if allow_special or text.count(END_OF_TEXT) == sum(starts for starts, _ in pieces):
+        return encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+    found = [np.zeros(0, dtype=np.uint32)]  # here the text itself has it
+    for starts, part in pieces:
+        found += [np.array([encoding.eot_token] * starts, dtype=np.uint32),
+                  encoding.encode_to_numpy(part, disallowed_special=())]
+    return np.concatenate(found)
+
+
+def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """`function` of every item, in order, by `workers` threads that are never more than a few items ahead."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def require_tokens(counts: dict[str, dict], settings: dict) -> None:
+    """Raise UserError where there is no text at all, or none for a split that was asked for."""
+    train, val = counts["train"]["documents"], counts["val"]["documents"]
+    if not counts["train"]["tokens"] + counts["val"]["tokens"]:
+        raise UserError("there is no text in the input: every document is empty")
+    if not counts["train"]["tokens"]:
+        raise UserError(f"all of the text, {val} documents, is in the val split: lower --val_tokens or --val_fraction")
+    if not counts["val"]["tokens"] and any(map(settings.get, ("val_fraction", "val_input", "val_split"))):
+        raise UserError(f"none of the {train} documents is in the val split: raise --val_fraction (now "
+                        f"{settings['val_fraction']}), or pass --val_tokens, --val_input or, where one file holds many "
+                        f"documents, --document_separator")
+
+
+def merge(out: Path) -> dict:
+    """Check that all parts are there, and write the meta.json that makes them one data set, unless it is there."""
+    if meta := read_finished(out):
+        return meta
+    records = sorted(out.glob("prepare_*_of_*.json"))
+    states = [read_json(record, "the record of a preparation: prepare that part again") for record in records]
+    if not states:
+        raise UserError(f"out {str(out)!r} holds no parts: prepare them with --part 0 --parts N and so on")
+    settings, table = states[0]["settings"], states[0]["table"]
+    for state in states[1:]:
+        refuse_other(out, settings, state["settings"])
+    done = [record.name for record, state in zip(records, states, strict=True) if state["finished"]]
+    missing = [part for part in range(settings["parts"])
+               if f"prepare_{part:05d}_of_{settings['parts']:05d}.json" not in done]
+    if missing:
+        raise UserError(f"{len(missing)} of {settings['parts']} parts in {str(out)!r} are missing or not finished: "
+                        f"{', '.join(map(str, missing[:20]))}; prepare them with --part")
+    splits = {split: {key: sum(state["splits"][split][key] for state in states)
+                      for key in ("tokens", "documents", "bytes", "shards")} for split in ("train", "val")}
+    require_tokens(splits, settings)
+    splits = {split: about | {"bytes_per_token": round(about["bytes"] / about["tokens"], 4)}
+              for split, about in splits.items() if about["tokens"]}
+    encoding = get_tokenizer(table)
+    meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
+            "dtype": np.dtype(token_dtype(encoding.n_vocab)).name, "splits": splits, "settings": settings,
+            "source": settings["dataset"] or ", ".join(settings["input"])}
+    if not is_complete(out, meta):
+        raise UserError(f"out {str(out)!r} has damaged or missing shards: delete it and prepare the data again")
+    write_tokenizer(out, table)
+    write_meta(out, meta)
+    for record in records:
+        record.unlink()
+    hint = fitting_seq_len(min(about["tokens"] for about in splits.values()))
+    if hint < 256:
+        print(f"this is little text: train on it with --seq_len {hint or 32}, or with --seq_len auto")
+    return meta
+
+
+def read_finished(out: Path) -> dict:
+    """meta.json of `out`, {} where there is none yet."""
+    return read_meta(out) if (out / "meta.json").exists() else {}
+
+
+def refuse_other(out: Path, settings: dict, before: dict | None) -> None:
+    """Raise UserError if `out` was prepared with other settings, or from other files."""
+    if before is None:
+        raise UserError(f"out {str(out)!r} holds data that this command did not make: pass another --out")
+    different = [f"{key} {before.get(key)} there, {value} here" for key, value in settings.items()
+                 if before.get(key) != value and key != "names_and_sizes"]
+    if before != settings:
+        raise UserError(f"out {str(out)!r} holds data made with other settings "
+                        f"({'; '.join(different) or 'the input files have changed'}): pass another --out, or delete it")
+
+
+def check_data(data_root: Path) -> None:
+    """Look at every token of a data set, and print what is in it. Raises UserError that names the first bad shard."""
+    meta = read_meta(data_root)
+    encoding = get_tokenizer(meta["tokenizer"]) if meta.get("tokenizer") else None
+    vocab_size = meta.get("vocab_size", 50257)
+    print(f"{data_root}: {encoding.name if encoding else 'unknown tokenizer'}, {vocab_size:,} tokens in the vocabulary")
+    for split in meta.get("splits", ("train", "val")):
+        paths = find_shards(data_root, split)
+        total, ends, seen = 0, [], None
+        for path in tqdm(paths, desc=f"checking {split}", unit="shard", disable=None):
+            shard = open_shard(path)
+            if "dtype" in meta and shard.dtype != meta["dtype"]:
+                raise UserError(f"shard {path} has {shard.dtype} tokens, meta.json says {meta['dtype']}")
+            for begin in range(0, len(shard), CHECKED_AT_ONCE):
+                tokens = shard[begin:begin + CHECKED_AT_ONCE]
+                if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+                    raise UserError(f"shard {path} has token ids from {tokens.min()} to {tokens.max()}: the vocabulary "
+                                    f"ends at {vocab_size - 1}")
+                if encoding:
+                    ends.append(np.flatnonzero(tokens == encoding.eot_token) + total + begin)
+            total += len(shard)
+            seen = shard[:200] if seen is None else seen
+        expected = meta.get("splits", {}).get(split, {})
+        for name, found in (("tokens", total), ("documents", len(np.concatenate(ends)) if ends else 0)):
+            if found != expected.get(name, found) and (name == "tokens" or found):
+                raise UserError(f"{data_root} has {found:,} {split} {name}, meta.json says {expected[name]:,}: shards "
+                                f"are missing or were changed; prepare the data again")
+        line = f"{split}: {len(paths)} shards, {total:,} tokens"
+        if "bytes" in expected:
+            line += f", {expected['bytes']:,} bytes, {expected['bytes'] / max(total, 1):.2f} bytes per token"
+        if ends and len(starts := np.concatenate(ends)):
+            lengths = np.diff(np.append(starts, total)) - 1
+            line += (f"; {len(starts):,} documents of {lengths.min():,} to {lengths.max():,} tokens, "
+                     f"{lengths.mean():,.1f} on average")
+        print(line)
+        if encoding and seen is not None:
+            lines = encoding.decode(seen.tolist()).splitlines()
+            print("".join(f"    {line[:110]}\n" for line in lines[:5]), end="")
+    print("every token is in the vocabulary, and as many are there as meta.json says" if meta else
+          "every token is in the vocabulary")
+
+
+if __name__ == "__main__":
+    command_line.run(main, PrepareConfig)
