@@ -63,12 +63,12 @@ def main(config: PrepareConfig) -> None:
         raise UserError(f"val_fraction is {config.val_fraction}: it must lie between 0 and 1")
     out = Path(config.out)
     small = out / f"bpe{SMALL_VOCABULARY}"
-    metas = [read_meta(folder) for folder in (out, small)]
-    if config.input is None and all(map(is_complete, (out, small), metas)):
-        print(f"{out} is complete ({count(metas[0])} from {metas[0].get('source')}): nothing to do")
+    if config.input is None and all(is_complete(folder, read_meta(folder)) for folder in (out, small)):
+        meta = read_meta(out)
+        print(f"{out} is complete ({count(meta)} from {meta.get('source')}): nothing to do")
         return
     try:
-        small.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
 
@@ -79,9 +79,9 @@ def main(config: PrepareConfig) -> None:
     for split, part in splits.items():
         if len(part) <= config.seq_len:
             fits = fitting_seq_len(len(part))
+            shorter = f"or --seq_len {fits} here and in training" if fits else "even --seq_len 32 takes 33"
             raise UserError(f"{source} is too short: its {split} split has {len(part)} tokens, one window needs "
-                            f"{config.seq_len + 1}; pass a longer text"
-                            + (f" or a smaller --seq_len, here and in training: {fits}" if fits else ""))
+                            f"{config.seq_len + 1}; pass a longer text, {shorter}")
     write_data(out, "gpt2", splits, source)
 
     # The same text once more for small models, cut at the same place, with a tokenizer learned from its train part.
@@ -93,6 +93,7 @@ def main(config: PrepareConfig) -> None:
 
 def write_data(out: Path, tokenizer: str, splits: dict[str, np.ndarray], source: str) -> None:
     """Write a shard for each split, and meta.json, unless `out` has them; raise UserError if it has others."""
+    out.mkdir(exist_ok=True)
     encoding = get_tokenizer(tokenizer)
     dtype, bytes_of = token_dtype(encoding.n_vocab), token_bytes(encoding)
     meta = {

@@ -356,7 +356,7 @@ def json_rows(file: BinaryIO, path: str, config: TextConfig) -> Iterator[str]:
                 break  # it goes on in the next block
             where = f"{path}, line {line}"
             if not isinstance(value, dict):
-                raise UserError(f"{where}: expected an object such as {{\"{config.text_column}\": \"…\"}}, found a "
+                raise UserError(f"{where}: expected an object such as {{\"{config.text_column}\": \"…\"}}, found "
                                 f"{type(value).__name__}")
             yield text_in(value, config.text_column, where)
             line, at = line + text.count("\n", at, end), end
@@ -389,5 +389,5 @@ def text_in(row: dict[str, Any], column: str, where: str) -> str:
         raise UserError(f"{where} has no {column!r}: pass --text_column with one of "
                         f"{', '.join(map(str, list(row)[:20])) or 'its columns (it has none)'}")
     if not isinstance(text := row[column], str | None):
-        raise UserError(f"{where}: {column!r} is a {type(text).__name__}, not text; pass another --text_column")
+        raise UserError(f"{where}: {column!r} is not text but {type(text).__name__}; pass another --text_column")
     return text or ""

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt.atomic import atomic_write, read_json
 from gpt.errors import UserError
-from gpt.tokenizer import new_tokenizer, read_table
+from gpt.tokenizer import read_table, tokenizer_name
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -140,7 +140,7 @@ def read_meta(data_root: str | Path) -> dict:
                         f"whole number above 0 and a name; prepare the data again, or delete this file")
     if (path.parent / "tokenizer.tiktoken").is_file():
         table = read_table(path.parent)
-        if (name := new_tokenizer(table).name) != meta.get("tokenizer"):
+        if (name := tokenizer_name(table)) != meta.get("tokenizer"):
             raise UserError(f"{path} has the tokenizer {meta.get('tokenizer')}, beside it lies {name}: prepare the "
                             f"data again")
         meta["tokenizer"] = table

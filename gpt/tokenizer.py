@@ -32,15 +32,13 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 def new_tokenizer(tokenizer: str = "gpt2") -> tiktoken.Encoding:
     """The encoding of "gpt2", equal to `tiktoken.get_encoding("gpt2")` but without a network, or of a merge table.
 
-    GPT-2 has 50,257 tokens. An encoding of another table is called `bpe<number of tokens>-<hash of the table>`.
-    Raises UserError for another name, or a table that is damaged.
+    GPT-2 has 50,257 tokens. Raises UserError for another name, or a table that is damaged.
     """
     if tokenizer == "gpt2":
-        name, table = "gpt2", load_tiktoken_bpe(str(MERGES), expected_hash=MERGES_SHA256)
+        table = load_tiktoken_bpe(str(MERGES), expected_hash=MERGES_SHA256)
     else:
         if "\n" not in tokenizer:
-            raise UserError(f"unknown tokenizer {tokenizer!r}: expected 'gpt2', or a folder that "
-                            f"`python -m scripts.train_tokenizer` wrote")
+            raise UserError(f"unknown tokenizer {tokenizer!r}: its merge table is not here; prepare the data again")
         try:
             pairs = [line.split() for line in tokenizer.splitlines()]
             table = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -48,9 +46,15 @@ def new_tokenizer(tokenizer: str = "gpt2") -> tiktoken.Encoding:
                 raise ValueError("ranks or bytes are missing, or there twice")
         except ValueError as error:
             raise UserError(f"a tokenizer's merge table is damaged ({error})") from None
-        name = f"bpe{len(table) + 1}-{hashlib.sha256(tokenizer.encode()).hexdigest()[:8]}"
-    return tiktoken.Encoding(name=name, pat_str=PATTERN, mergeable_ranks=table,
+    return tiktoken.Encoding(name=tokenizer_name(tokenizer), pat_str=PATTERN, mergeable_ranks=table,
                              special_tokens={END_OF_TEXT: len(table)}, explicit_n_vocab=len(table) + 1)
+
+
+def tokenizer_name(tokenizer: str) -> str:
+    """A name to show and to compare: "gpt2", or for a merge table `bpe<number of tokens>-<its hash>`."""
+    if "\n" not in tokenizer:
+        return tokenizer
+    return f"bpe{tokenizer.count(chr(10)) + 1}-{hashlib.sha256(tokenizer.encode()).hexdigest()[:8]}"
 
 
 get_tokenizer = functools.cache(new_tokenizer)
@@ -79,6 +83,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 def read_table(folder: str | Path) -> str:
     """The merge table in `folder`/tokenizer.tiktoken. Raises UserError if it cannot be read or is damaged."""
     path = Path(folder) / "tokenizer.tiktoken"
+    if not path.is_file():
+        raise UserError(f"unknown tokenizer {str(folder)!r}: expected 'gpt2', or a folder that "
+                        f"`python -m scripts.train_tokenizer` wrote")
     try:
         table = path.read_text(encoding="ascii")
         new_tokenizer(table)

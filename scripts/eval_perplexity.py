@@ -12,7 +12,7 @@ from gpt.distributed import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_losses
 from gpt.shards import find_shards, open_shard, read_meta
-from gpt.tokenizer import get_tokenizer, token_bytes
+from gpt.tokenizer import token_bytes, tokenizer_name
 from scripts import command_line
 
 
@@ -63,7 +63,7 @@ def main(config: PerplexityConfig) -> None:
 def read_tokens(data: Path, encoding: tiktoken.Encoding) -> list[np.ndarray]:
     """The token ids of a text file, or of each val shard in a folder. Raises UserError if they cannot be read."""
     if data.is_dir():
-        if (known := read_meta(data).get("tokenizer")) and (theirs := get_tokenizer(known).name) != encoding.name:
+        if (theirs := tokenizer_name(read_meta(data).get("tokenizer") or encoding.name)) != encoding.name:
             raise UserError(f"data {str(data)!r} was made with the tokenizer {theirs}, the model's is {encoding.name}")
         return [open_shard(path) for path in find_shards(data, "val")]
     try:

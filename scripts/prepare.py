@@ -31,7 +31,7 @@ from gpt.shards import (
     write_meta,
     write_tokenizer,
 )
-from gpt.tokenizer import END_OF_TEXT, get_tokenizer, new_tokenizer, read_table, token_bytes
+from gpt.tokenizer import END_OF_TEXT, get_tokenizer, new_tokenizer, read_table, token_bytes, tokenizer_name
 from scripts import command_line
 
 
@@ -91,7 +91,7 @@ def main(config: PrepareConfig) -> None:
             source.split = "train"
     files = [(source.path, source.size) for source in sources + val_sources]
     settings = {key: value for key, value in asdict(config).items() if key not in NOT_COMPARED} | {
-        "tokenizer": new_tokenizer(table).name, "files": len(files), "bytes_on_disk": sum(size for _, size in files),
+        "tokenizer": tokenizer_name(table), "files": len(files), "bytes_on_disk": sum(size for _, size in files),
         "names_and_sizes": hashlib.sha256(repr(files).encode()).hexdigest()}
     if meta := read_finished(out):
         refuse_other(out, settings, meta.get("settings"))

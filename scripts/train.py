@@ -32,7 +32,7 @@ from gpt.optim import configure_optimizers, learning_rate
 from gpt.run_lock import only_run_in
 from gpt.shards import auto_seq_len, read_meta
 from gpt.signals import StopSignal
-from gpt.tokenizer import get_tokenizer, token_bytes
+from gpt.tokenizer import get_tokenizer, token_bytes, tokenizer_name
 from scripts import command_line
 
 
@@ -348,7 +348,7 @@ def starting_model(config: TrainConfig, vocab_size: int, tokenizer: str | None, 
             raise UserError(f"model.block_size {config.model.block_size} is more than the {longest} positions of "
                             f"{config.init_from}: they can be cut off, not made up")
         if theirs != tokenizer:
-            names = [known and get_tokenizer(known).name for known in (theirs, tokenizer)]
+            names = [known and tokenizer_name(known) for known in (theirs, tokenizer)]
             raise UserError(f"{config.init_from} has the tokenizer {names[0]}, the data in {config.data_root!r} has "
                             f"{names[1]}: prepare the data with the tokenizer of the model")
         model = GPT.from_checkpoint(start, dropout=wanted.dropout, block_size=config.model.block_size or longest)

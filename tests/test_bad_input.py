@@ -1,10 +1,14 @@
 """A user's mistakes: exit status 2, one clear line, no traceback, nothing written."""
 
+import gzip
 import json
 import math
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,6 +20,8 @@ from tests.conftest import TINY, assert_refused, run
 TRAIN = ("-m", "scripts.train", *TINY)
 GENERATE = ("-m", "scripts.generate", "--device", "cpu")
 PREPARE = ("prepare_shakespeare.py",)
+TOKENS = ("-m", "scripts.prepare")
+LEARN = ("-m", "scripts.train_tokenizer")
 EXPORT = ("-m", "scripts.export")
 VALIDATE = ("-m", "scripts.validate", "--model")
 HELLASWAG = ("-m", "scripts.eval_hellaswag", "--device", "cpu")
@@ -81,6 +87,23 @@ def place(tmp_path_factory, data_root):
     for name, labels in (("examples", [0, 3]), ("no_label", [1, ""]), ("far_label", [4]), ("huge_label", [math.inf])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(example | {"label": x}) + "\n" for x in labels))
     (folder / "deep.jsonl").write_text("[" * 100_000)
+    data("few", good[:100], good)
+    data("unfinished", good, good)
+    (folder / "unfinished" / "prepare_00000_of_00001.json").write_text("{}")
+    (folder / "late.txt").write_text("abc def\n" * 150_000 + "caf\u00e9 \udcff", errors="surrogateescape")
+    (folder / "late.csv").write_text("text\n" + "abc def\n" * 150_000 + "caf\u00e9 \udcff", errors="surrogateescape")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n\n{"text": \n{"text": "b"}\n')
+    (folder / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
+    (folder / "numbers.json").write_text("[\n1, 2]")
+    (folder / "rows.jsonl").write_text('{"title": "a", "body": "b"}\n{"title": 1, "body": "b"}\n')
+    (folder / "rows.csv").write_text("title,body\na,b\n")
+    pq.write_table(pa.table({"title": ["a"], "number": [1]}), folder / "rows.parquet")
+    (folder / "one.jsonl").write_text('{"text": "a"}\n')
+    for name in ("text.parquet", "text.txt.gz"):
+        (folder / name).write_text("not what it says")
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(9000))[:5000])
+    (folder / "bad_tokenizer").mkdir()
+    (folder / "bad_tokenizer" / "tokenizer.tiktoken").write_text("YQ== 0\nYg== 1\n")
     (folder / "file").write_text("a file where a folder should be")
     (folder / "good").symlink_to(data_root)
     return folder
@@ -208,6 +231,53 @@ CASES = [
     ((*PREPARE, "--input", "{}/short.txt", "--val_fraction", "1.5"), ["val_fraction is 1.5"]),
     ((*PREPARE, "--input", "{}/short.txt", "--out", "{}/file"), ["out", "{}/file"]),
     ((*PREPARE, "--inptu", "x"), ["--inptu", "did you mean --input"]),
+    (TOKENS, ["--input", "--dataset"]),
+    ((*TOKENS, "--input", "{}/no*.txt"), ["{}/no*.txt", "no file matches"]),
+    ((*TOKENS, "--input", "{}/nowhere.txt"), ["nowhere.txt", "no such file"]),
+    ((*TOKENS, "--input", "{}/empty"), ["{}/empty", ".parquet"]),
+    ((*TOKENS, "--input", "{}/empty.txt"), ["no text"]),
+    ((*TOKENS, "--input", "{}/latin1.txt"), ["latin1.txt", "not UTF-8", "byte 3", "--errors replace"]),
+    ((*TOKENS, "--input", "{}/latin1.txt", "--documents", "row"), ["latin1.txt", "byte 3"]),
+    ((*TOKENS, "--input", "{}/late.txt"), ["late.txt", "byte 1200006"]),
+    ((*TOKENS, "--input", "{}/late.csv"), ["late.csv", "byte 1200011"]),
+    ((*TOKENS, "--input", "{}/broken.jsonl"), ["broken.jsonl, line 3", "broken JSON"]),
+    ((*TOKENS, "--input", "{}/cut.jsonl"), ["cut.jsonl, line 2", "broken JSON"]),
+    ((*TOKENS, "--input", "{}/numbers.json"), ["numbers.json, line 2", "found int"]),
+    ((*TOKENS, "--input", "{}/rows.jsonl"), ["rows.jsonl, line 1", "'text'", "title, body"]),
+    ((*TOKENS, "--input", "{}/rows.jsonl", "--text_column", "title"), ["line 2", "'title' is not text", "int"]),
+    ((*TOKENS, "--input", "{}/rows.csv"), ["rows.csv, line 2", "'text'", "title, body"]),
+    ((*TOKENS, "--input", "{}/rows.parquet"), ["rows.parquet", "'text'", "title, number"]),
+    ((*TOKENS, "--input", "{}/rows.parquet", "--text_column", "number"), ["rows.parquet, row 1", "int"]),
+    ((*TOKENS, "--input", "{}/text.parquet"), ["text.parquet", "cannot be read"]),
+    ((*TOKENS, "--input", "{}/text.txt.gz"), ["text.txt.gz", "cannot be read"]),
+    ((*TOKENS, "--input", "{}/cut.txt.gz"), ["cut.txt.gz", "cannot be read"]),
+    ((*TOKENS, "--input", "{}/one.jsonl", "--val_fraction", "1e-6"), ["val_fraction (now 1e-06)", "--val_tokens"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--val_tokens", "100"), ["all of the text", "--val_tokens"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--tokenizer", "{}/missing"), ["unknown tokenizer '{}/missing'"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--tokenizer", "gpt3"), ["unknown tokenizer 'gpt3'", "train_tokenizer"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--tokenizer", "{}/bad_tokenizer"), ["bad_tokenizer", "damaged"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--out", "{}/file"), ["out", "{}/file"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--out", "{}/with_meta"), ["with_meta", "did not make"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--out", "{}/no_val"), ["no_val", "holds other shards"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--val_fraction", "1"), ["val_fraction is 1"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--parts", "2", "--part", "2"), ["part is 2", "0 to 1"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--shard_size", "0"), ["shard_size is 0"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--val_tokens", "5", "--val_input", "{}/short.txt"), ["exclude"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--val_split", "test"), ["val_split 'test'", "--dataset"]),
+    ((*TOKENS, "--input", "{}/short.txt", "--dataset", "x"), ["--input", "--dataset"]),
+    ((*TOKENS, "--merge", "--out", "{}/empty"), ["{}/empty", "no parts"]),
+    ((*TOKENS, "--check", "{}/missing"), ["{}/missing", "not a folder"]),
+    ((*TOKENS, "--check", "{}/truncated"), ["train_00000.npy", "truncated"]),
+    ((*TOKENS, "--check", "{}/alien"), ["train_00000.npy", "60000", "50256"]),
+    ((*LEARN, "--input", "{}/short.txt", "--vocab_size", "256"), ["vocab_size is 256", "257"]),
+    ((*LEARN, "--input", "{}/empty.txt"), ["no text for training"]),
+    ((*LEARN, "--input", "{}/latin1.txt"), ["latin1.txt", "byte 3"]),
+    ((*LEARN, "--input", "{}/short.txt", "--out", "{}/empty.txt"), ["empty.txt", "is there already"]),
+    ((*TRAIN, "--data_root", "{}/unfinished"), ["unfinished", "not prepared to its end", "scripts.prepare"]),
+    ((*TRAIN, "--data_root", "{}/short", "--seq_len", "auto"), ["train_00000.npy has 20 tokens", "33"]),
+    ((*TRAIN, "--data_root", "{}/few", "--seq_len", "256", "--total_batch_size", "1024"),
+     ["train_00000.npy has 100 tokens", "--seq_len 64"]),
+    ((*TRAIN, "--seq_len", "long"), ["seq_len"]),
 ]
 if not torch.cuda.is_available():
     CASES.append(((*TRAIN, "--device", "cuda"), ["device 'cuda' is not available", "--device auto"]))
@@ -223,7 +293,8 @@ def test_bad_input(place, tmp_path):
         if words[:2] == ["-m", "scripts.train"]:
             defaults = {"--data_root": place / "good", "--log_dir": out, "--max_steps": 2, "--sample_every": 0}
         else:
-            defaults = {"--out": out} if words[0] == "prepare_shakespeare.py" else {"--log_dir": out}
+            makes_data = words[0] == PREPARE[0] or words[1] in (TOKENS[1], LEARN[1])
+            defaults = {"--out": out} if makes_data else {"--log_dir": out}
             if "scripts.export" in words:
                 defaults["--out"] = out / "export"
             elif "scripts.validate" in words:

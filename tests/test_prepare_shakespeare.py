@@ -11,7 +11,8 @@ import pytest
 
 import prepare_shakespeare
 from gpt.errors import UserError
-from gpt.tokenizer import get_tokenizer
+from gpt.shards import read_meta
+from gpt.tokenizer import get_tokenizer, train_tokenizer
 from tests.conftest import TEXT, assert_refused, run
 
 MARKDOWN = """# The Play
@@ -79,15 +80,23 @@ def test_text_becomes_shards_and_a_second_run_does_nothing(tmp_path):
     printed = prepare("--input", TEXT, "--out", tmp_path)
     tokens = get_tokenizer().encode_ordinary(TEXT.read_text())
     n = int(0.9 * len(tokens))
-    assert printed == f"Saved {n:,} train tokens and {len(tokens) - n:,} val tokens\n"
+    assert printed.splitlines()[0] == f"Saved {n:,} train tokens and {len(tokens) - n:,} val tokens"
     train, val = np.load(tmp_path / "train_00000.npy"), np.load(tmp_path / "val_00000.npy")
     assert train.dtype == val.dtype == np.uint16
     assert [*train.tolist(), *val.tolist()] == tokens and len(train) == n
     meta = json.loads((tmp_path / "meta.json").read_text())
+    texts = {split: get_tokenizer().decode(part.tolist()) for split, part in (("train", train), ("val", val))}
     assert meta == {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "source": str(TEXT),
-                    "splits": {"train": {"tokens": n, "documents": 1},
-                               "val": {"tokens": len(tokens) - n, "documents": 1}}}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train_00000.npy", "val_00000.npy"]
+                    "splits": {split: {"tokens": size, "documents": 1, "bytes": len(texts[split].encode())}
+                               for split, size in (("train", n), ("val", len(tokens) - n))}}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bpe2048", "meta.json", "train_00000.npy", "val_00000.npy"]
+
+    small = read_meta(tmp_path / "bpe2048")
+    assert small["vocab_size"] == 2048 and small["tokenizer"] == train_tokenizer([texts["train"]], 2048)
+    for split, text in texts.items():  # the same text on both sides of the cut, or bits per byte would not compare
+        part = np.load(tmp_path / "bpe2048" / f"{split}_00000.npy")
+        assert get_tokenizer(small["tokenizer"]).decode(part.tolist()) == text
+        assert small["splits"][split] == {"tokens": len(part), "documents": 1, "bytes": len(text.encode())}
 
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     for words in ([], ["--input", TEXT]):
@@ -112,12 +121,12 @@ def test_other_data_is_not_overwritten(tmp_path):
 def test_an_interrupted_run_is_completed(tmp_path):
     """Killed between the shards and meta.json: the same command goes on and ends with the same files."""
     prepare("--input", TEXT, "--out", tmp_path)
-    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for lost in (["meta.json"], ["meta.json", "val_00000.npy"], ["val_00000.npy"]):
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for lost in (["meta.json"], ["meta.json", "bpe2048/val_00000.npy"], ["val_00000.npy", "bpe2048/meta.json"]):
         for name in lost:
             (tmp_path / name).unlink()
         prepare("--input", TEXT, "--out", tmp_path)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == whole
 
 
 def test_a_play_takes_the_form_of_tiny_shakespeare():
