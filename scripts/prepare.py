@@ -106,12 +106,12 @@ def main(config: PrepareConfig) -> None:
         raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
     try:
         with only_run_in(out, "out", f"_{config.part:05d}"):
-            done = prepare_part(config, table, settings, out, [
+            prepare_part(config, table, settings, out, [
                 *share_out(val_sources, config.part, config.parts), *share_out(sources, config.part, config.parts)])
     finally:
         if made and not any(out.iterdir()):
             out.rmdir()
-    if done and config.parts == 1:
+    if config.parts == 1:
         merge(out)
 
 
@@ -130,89 +130,112 @@ def check(config: PrepareConfig) -> None:
         raise UserError(f"part is {config.part} of {config.parts} parts: they count from 0 to {config.parts - 1}")
 
 
-def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, sources: list[Source]) -> bool:
-    """Write this part's shards; a record beside them says how far they have come. Whether they are all there."""
+def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, sources: list[Source]) -> None:
+    """Write this part's shards; a record beside them says how far they have come."""
     record = out / f"prepare_{config.part:05d}_of_{config.parts:05d}.json"
-    encoding = get_tokenizer(table)
-    nothing = {"tokens": 0, "documents": 0, "bytes": 0, "shards": 0, "unfinished": 0}
-    state = {"settings": settings, "table": table, "position": None, "finished": False,
-             "splits": {"train": nothing, "val": nothing.copy()}}
-    if record.exists():
-        state = read_json(record, "the record of a preparation: delete the folder and prepare the data again")
-        refuse_other(out, settings, state.get("settings"))
-    elif any(out.glob("*.npy")) and not any(out.glob("prepare_*_of_*.json")):
-        raise UserError(f"out {str(out)!r} holds other shards: pass another --out, or delete it first")
+    state = read_record(record, settings, table)
     if state["finished"]:
         print(f"part {config.part} of {config.parts} in {out} is complete: nothing to do")
-        return True
-    counts, dtype = state["splits"], token_dtype(encoding.n_vocab)
+        return
+    encoding, counts = get_tokenizer(table), state["splits"]
+    dtype, bytes_of = token_dtype(encoding.n_vocab), token_bytes(encoding)
     writers = {split: ShardWriter(out, split, dtype, config.shard_size, first=config.part, every=config.parts,
                                   shards=about["shards"], unfinished=about["unfinished"])
                for split, about in counts.items()}
-    bytes_of = token_bytes(encoding)
-    local = threading.local()  # an encoding for each thread: they wait for one another over the scratch space of one
-
-    def encode_batch(batch: Batch) -> tuple[dict[str, np.ndarray], Batch]:
-        if not hasattr(local, "encoding"):
-            local.encoding = new_tokenizer(table)
-        return {split: encode(local.encoding, pieces, config.allow_special).astype(dtype)
-                for split, pieces in batch.pieces.items()}, batch
-
-    began, before = time.perf_counter(), sum(about["tokens"] for about in counts.values())
-    workers = config.num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
-                                        else range(os.cpu_count() or 1))
+    began, before = time.perf_counter(), total_of(counts)
     if state["position"]:
-        print(f"going on with part {config.part} of {config.parts} in {out}, after {before:,} tokens")
+        print(f"going on with part {config.part} of {config.parts} in {out}, after {before['tokens']:,} tokens")
     batches = read_batches(sources, config, config.part, config.parts, state["position"])
     bar = tqdm(total=1.0, disable=None, bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
-    read = 0
     try:
-        save_state(record, state, writers)  # from now on the folder is known to be unfinished
+        save_record(record, state, writers)  # from now on the folder is known to be unfinished
         with bar:
-            for tokens, batch in in_order(encode_batch, batches, workers):
-                if config.part == 0 and (wanted := config.val_tokens - counts["val"]["tokens"]) > 0:
-                    tokens = {"val": tokens["train"][:wanted], "train": tokens["train"][wanted:]}
+            for tokens, batch in in_order(encoder(table, config.allow_special), batches, workers_of(config)):
+                if config.part == 0 and (missing := config.val_tokens - counts["val"]["tokens"]) > 0:
+                    tokens = {"val": tokens["train"][:missing], "train": tokens["train"][missing:]}
                 complete = sum(writer.shards for writer in writers.values())
                 for split, found in tokens.items():
                     writers[split].write(found)
                     counts[split]["tokens"] += len(found)
                     counts[split]["documents"] += int((found == encoding.eot_token).sum())
                     counts[split]["bytes"] += int(bytes_of[found].sum())
-                    read += int(bytes_of[found].sum())
-                seconds = time.perf_counter() - began
-                total = sum(about["tokens"] for about in counts.values())
-                bar.set_postfix_str(f"{total:,} tokens, {(total - before) / seconds / 1e6:.2f}M tokens/s, "
-                                    f"{read / seconds / 1e6:.1f} MB/s", refresh=False)
-                bar.update(batch.share - bar.n)
                 if sum(writer.shards for writer in writers.values()) > complete:
                     state["position"] = batch.position
-                    save_state(record, state, writers)
+                    save_record(record, state, writers)
+                bar.set_postfix_str(f"{total_of(counts)['tokens']:,} tokens, {speed(counts, before, began)}",
+                                    refresh=False)
+                bar.update(batch.share - bar.n)
         if config.parts == 1:
             require_tokens(counts, settings)
         for writer in writers.values():
             writer.close()
         state["finished"] = True
-        save_state(record, state, writers)
+        save_record(record, state, writers)
     finally:
         useless = not any(writer.shards for writer in writers.values())
         for writer in writers.values():
             writer.abandon(delete=useless)
         if useless:
             record.unlink(missing_ok=True)
-    seconds, documents = time.perf_counter() - began, sum(about["documents"] for about in counts.values())
-    total = sum(about["tokens"] for about in counts.values())
-    print(f"Saved {count(state)}, {documents:,} documents, in {seconds:.1f} s "
-          f"({(total - before) / seconds / 1e6:.2f}M tokens/s, {read / seconds / 1e6:.1f} MB/s)")
-    return True
+    print(f"Saved {count(state)}, {total_of(counts)['documents']:,} documents, in {time.perf_counter() - began:.1f} s "
+          f"({speed(counts, before, began)})")
 
 
-def save_state(record: Path, state: dict, writers: dict[str, ShardWriter]) -> None:
+def read_record(record: Path, settings: dict, table: str) -> dict:
+    """Where a part's preparation stands; a new one is at the beginning. Raises UserError if the folder is another's."""
+    if record.exists():
+        state = read_json(record, "the record of a preparation: delete the folder and prepare the data again")
+        refuse_other(record.parent, settings, state.get("settings"))
+        return state
+    if any(record.parent.glob("*.npy")) and not any(record.parent.glob("prepare_*_of_*.json")):
+        raise UserError(f"out {str(record.parent)!r} holds other shards: pass another --out, or delete it first")
+    splits = {split: {"tokens": 0, "documents": 0, "bytes": 0, "shards": 0, "unfinished": 0}
+              for split in ("train", "val")}
+    return {"settings": settings, "table": table, "position": None, "finished": False, "splits": splits}
+
+
+def save_record(record: Path, state: dict, writers: dict[str, ShardWriter]) -> None:
     """Force to disk what the writers have, and note where they and the input stand."""
     for split, writer in writers.items():
         writer.sync()
         state["splits"][split] |= {"shards": writer.shards, "unfinished": writer.unfinished}
     with atomic_write(record) as file:
         file.write(json.dumps(state).encode())
+
+
+def total_of(counts: dict[str, dict]) -> dict[str, int]:
+    """Tokens, documents and bytes of all splits."""
+    return {key: sum(about[key] for about in counts.values()) for key in ("tokens", "documents", "bytes")}
+
+
+def speed(counts: dict[str, dict], before: dict[str, int], began: float) -> str:
+    """How fast text has been encoded since `began`, in words."""
+    tokens, size = ((total_of(counts)[key] - before[key]) / (time.perf_counter() - began) / 1e6
+                    for key in ("tokens", "bytes"))
+    return f"{tokens:.2f}M tokens/s, {size:.1f} MB/s"
+
+
+def workers_of(config: PrepareConfig) -> int:
+    """Threads to encode with: those asked for, or as many as there are processor cores for this process."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return config.num_workers or len(cores)
+
+
+def encoder(table: str, allow_special: bool) -> Callable[[Batch], tuple[dict[str, np.ndarray], Batch]]:
+    """What turns a batch into the tokens of each split, for several threads to call.
+
+    Each has an encoding of its own: over the scratch space of one they would wait for one another.
+    """
+    local = threading.local()
+
+    def encode_batch(batch: Batch) -> tuple[dict[str, np.ndarray], Batch]:
+        if not hasattr(local, "encoding"):
+            local.encoding = new_tokenizer(table)
+        dtype = token_dtype(local.encoding.n_vocab)
+        return {split: encode(local.encoding, pieces, allow_special).astype(dtype)
+                for split, pieces in batch.pieces.items()}, batch
+
+    return encode_batch
 
 
 def encode(encoding: Any, pieces: list[Piece], allow_special: bool) -> np.ndarray:
