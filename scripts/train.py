@@ -122,7 +122,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     # Data.
     meta = read_meta(config.data_root)
     if config.seq_len == "auto":
-        config = replace(config, seq_len=auto_seq_len(config.data_root, ("train", "val")))
+        fits = auto_seq_len(config.data_root, ("train", "val") if config.eval_every else ("train",))
+        config = replace(config, seq_len=min(fits, config.model.block_size or fits))
     vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
     tokenizer = meta.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
     encoding = get_tokenizer(tokenizer) if tokenizer else None

@@ -342,3 +342,14 @@ def test_a_compiled_model_trains_the_same(data_root, tmp_path):
         assert plain.keys() == compiled.keys()
         for step, record in plain.items():
             assert compiled[step]["loss"] == pytest.approx(record["loss"], abs=1e-4)
+
+
+def test_seq_len_auto_takes_what_a_short_text_has_room_for(tmp_path):
+    """Half a page of validation text must do; a last shard without room for a window is left out."""
+    tokens = (np.arange(1000) % 50).astype(np.uint16)
+    for name, count in (("train_00000", 600), ("train_00001", 5), ("val_00000", 100)):
+        np.save(tmp_path / f"{name}.npy", tokens[:count])
+    train(tmp_path, tmp_path / "log", "--seq_len", "auto", "--max_steps", "2", "--sample_every", "0")
+    assert yaml.safe_load((tmp_path / "log" / "config.yaml").read_text())["seq_len"] == 64
+    content = checkpoint.load(tmp_path / "log" / "model_00002.pt")
+    assert content["config"]["block_size"] == 64 and content["train_windows"] == 599 // 64
