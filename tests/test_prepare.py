@@ -177,6 +177,65 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert_refused(run(*words, "--text_column", "txt"), "train-00000-of-00002.parquet", "'txt'", "text")
 
 
+def test_no_document_twice_and_none_of_the_output(tmp_path):
+    """A link to a file, a validation file inside the input folder, a second run into a folder of the input."""
+    for i in range(3):
+        write(tmp_path / f"{i}.jsonl", jsonl(SPEECHES[10 * i:10 * i + 10]))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "0.jsonl")
+    write(tmp_path / ".cache" / "hidden.txt", "not meant")
+    out = tmp_path / "out"
+    for _ in range(2):
+        prepare.main(PrepareConfig(input=[str(tmp_path)], val_input=[str(tmp_path / "2.jsonl")], out=str(out)))
+        write(out / "notes.txt", "a text that was put beside the shards")
+    assert read_split(out, "train") == tokens_of(SPEECHES[:20])
+    assert read_split(out, "val") == tokens_of(SPEECHES[20:30])
+
+
+def test_a_part_without_text_is_a_part(tmp_path):
+    """More parts than documents, or files that are empty: --merge must not wait for what will never come."""
+    for i, text in enumerate(["", jsonl(SPEECHES[:3]), ""]):
+        write(tmp_path / "in" / f"{i}.jsonl", text)
+    config = dict(input=[str(tmp_path / "in")], out=str(tmp_path / "out"), val_fraction=0, parts=3)
+    for part in range(3):
+        prepare.main(PrepareConfig(**config, part=part))
+    with pytest.raises(UserError, match="parts 2 there, 3 here|parts 3 there, 2 here"):
+        prepare.main(PrepareConfig(**config | {"parts": 2}))
+    prepare.main(PrepareConfig(merge=True, out=config["out"]))
+    assert read_split(tmp_path / "out", "train") == tokens_of(SPEECHES[:3])
+
+
+def test_white_space_without_end_has_its_tokens(tmp_path):
+    """tiktoken's expression gives up on a million spaces in a row: such a text is cut, and nothing of it is lost."""
+    text = "before" + " " * 1_500_000 + "after"
+    config = PrepareConfig(input=[str(write(tmp_path / "a.jsonl", jsonl([text])))], out=str(tmp_path / "out"),
+                           val_fraction=0)
+    prepare.main(config)
+    assert GPT2.decode(read_split(tmp_path / "out", "train")[1:]) == text
+
+
+def test_input_that_changed_is_not_gone_on_with(tmp_path):
+    """Half of the shards from one text and half from another would be the data of neither."""
+    file = write(tmp_path / "a.jsonl", jsonl(SPEECHES))
+    config = PrepareConfig(input=[str(file)], out=str(tmp_path / "out"), shard_size=500, val_fraction=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "BLOCK", 4000)
+        patch.setattr(ShardWriter, "close", stop_at_third(ShardWriter.close))
+        with pytest.raises(OSError, match="No space"):
+            prepare.main(config)
+    file.write_bytes(file.read_bytes().replace(b"the", b"THE"))
+    with pytest.raises(UserError, match="changed"):
+        prepare.main(config)
+
+
+def stop_at_third(close):
+    """A ShardWriter.close for which the disk is full from the third shard on."""
+    def full(self):
+        if self.shards == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        close(self)
+    return full
+
+
 @given(text=st.text(alphabet=st.sampled_from("ab1'.,é東\u00a0 \n\r\t<|>"), max_size=400) | st.text(max_size=200),
        separator=st.sampled_from([None, "<|>", "\n\n", "a"]), block=st.integers(1, 60), sizes=st.integers(4, 40))
 @settings(max_examples=400, deadline=None)
