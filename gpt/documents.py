@@ -372,26 +372,26 @@ def not_utf8(path: str, offset: int) -> UserError:
 
 def json_rows(file: BinaryIO, path: str, config: TextConfig) -> Iterator[str]:
     """The texts of a JSON file: of objects in lines of their own, one after the other, or in an array."""
-    decode, text, at, line = json.JSONDecoder().raw_decode, "", 0, 1
+    decode, text, at, line, column = json.JSONDecoder().raw_decode, "", 0, 1, config.text_column
     for block in read_text(file, path, config.errors):
+        line += text.count("\n", 0, at)  # lines before `text`
         text, at = text[at:] + block, 0
         while True:
-            begin = BETWEEN_OBJECTS.match(text, at).end()
-            line, at = line + text.count("\n", at, begin), begin
+            at = BETWEEN_OBJECTS.match(text, at).end()
             try:
                 value, end = decode(text, at)
             except (ValueError, RecursionError) as error:
                 if len(text) - at > LONGEST_ROW or (not block and at < len(text)):
                     reason = getattr(error, "msg", error) if not block else f"no end within {LONGEST_ROW:,} characters"
-                    raise UserError(f"{path}, line {line}: broken JSON ({reason}); expected objects such as "
-                                    f"{{\"{config.text_column}\": \"…\"}}") from None
+                    where = f"{path}, line {line + text.count(chr(10), 0, at)}"
+                    raise UserError(f"{where}: broken JSON ({reason}); expected objects such as "
+                                    f"{{\"{column}\": \"…\"}}") from None
                 break  # it goes on in the next block
-            where = f"{path}, line {line}"
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: expected an object such as {{\"{config.text_column}\": \"…\"}}, found "
-                                f"{type(value).__name__}")
-            yield text_in(value, config.text_column, where)
-            line, at = line + text.count("\n", at, end), end
+            row = value.get(column) if type(value) is dict else None
+            if type(row) is not str:
+                row = text_in(value, column, f"{path}, line {line + text.count(chr(10), 0, at)}")
+            yield row
+            at = end
 
 
 def csv_rows(file: BinaryIO, path: str, config: TextConfig) -> Iterator[str]:
@@ -421,8 +421,10 @@ def parquet_rows(file: BinaryIO, path: str, column: str) -> Iterator[str]:
                 yield text_in({column: value}, column, f"{path}, row {number}")
 
 
-def text_in(row: dict[str, Any], column: str, where: str) -> str:
+def text_in(row: Any, column: str, where: str) -> str:
     """The text of a row, "" where it is null. Raises UserError that says `where` there is none."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object such as {{\"{column}\": \"…\"}}, found {type(row).__name__}")
     if column not in row:
         raise UserError(f"{where} has no {column!r}: pass --text_column with one of "
                         f"{', '.join(map(str, list(row)[:20])) or 'its columns (it has none)'}")
