@@ -6,6 +6,7 @@ The LM head is the token embedding itself, so it has no entry of its own.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch.overrides import TorchFunctionMode
 from gpt import pretrained
 from gpt.config import GPTConfig
 from gpt.errors import UserError
+from gpt.linear import Linear, linear
 from gpt.loss import linear_cross_entropy
+
+# Takes the keys and values (B, n_head, T, head size) of new tokens; those of all tokens so far.
+Keep = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class CausalSelfAttention(nn.Module):
@@ -26,15 +31,17 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, keep: Keep | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+        if keep is not None:
+            k, v = keep(k, v)  # those of earlier tokens too
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and k.shape[2] == T,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -45,8 +52,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,8 +70,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, keep: Keep | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, keep)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
@@ -148,25 +155,29 @@ class GPT(nn.Module):
             return self.lm_head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
-    def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None,
-               mask: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+               keep: list[Keep] | None = None) -> torch.Tensor:
         """The final activations (B, T, n_embd) for token ids `idx` (B, T).
 
         positions (B, T): where each token stands, below block_size; 0 to T - 1 unless given. mask (B, 1, T, T): true
-        where a query (third dimension) sees a key; causal unless given.
+        where a query (third dimension) sees a key; causal unless given. keep: for each layer what keeps its keys and
+        values and has those of earlier tokens, see `gpt.generation.KVCache`.
         Raises ValueError for more positions than block_size.
         """
         T = idx.shape[1]
         if positions is None and self.config.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}: crop the context")
-        x = self.drop(self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions)))  # (B, T, C)
-        for block in self.h:
-            x = block(x, mask)
+        # On a CPU the lookup's gradient is sparse: the one of the LM head is added to, and no second (V, C) is made.
+        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = F.embedding(idx, self.wte.weight, sparse=sparse)
+        x = self.drop(x + (self.wpe.weight[:T] if positions is None else self.wpe(positions)))  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, mask, keep and keep[i])
         return self.ln_f(x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (…, vocab_size) for final activations `x` (…, n_embd), through the tied token embedding."""
-        return F.linear(x, self.wte.weight)
+        return linear(x, self.wte.weight)
 
     def num_parameters(self) -> int:
         """Number of parameters, the tied token embedding counted once: 124,439,808 for GPT-2 124M."""
