@@ -1,6 +1,8 @@
 """Sampling text from a model."""
 
+import codecs
 from collections.abc import Iterator
+from functools import partial
 
 import tiktoken
 import torch
@@ -11,32 +13,45 @@ from gpt.model import GPT
 
 def complete(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max_new_tokens: int, *,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> list[str]:
-    """The prompts, each continued up to `<|endoftext|>` (not shown) or by `max_new_tokens` tokens, as text.
+    """The prompts, each with its continuation: see `stream`."""
+    pieces = stream(model, encoding, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                    seed=seed)
+    return ["".join(text) for text in zip(*pieces, strict=True)]
 
+
+def stream(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max_new_tokens: int, *,
+           temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Iterator[list[str]]:
+    """Continue several prompts at once, up to `<|endoftext|>` (not shown) or by `max_new_tokens` tokens.
+
+    Yields the prompts, and then after each token what it adds to each text: "" where it is a part of a character
+    only, or the text has ended. temperature, top_k, top_p: see `sample`.
     Raises UserError for a prompt with tokens that the model does not know.
     """
     rows = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if max(row) >= model.config.vocab_size:
             raise UserError(f"prompt {prompt!r} has token {max(row)}: the model knows {model.config.vocab_size} tokens")
-    end = encoding.eot_token
+    yield prompts
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
+    silent = {None, encoding.eot_token, *range(encoding.n_vocab, model.config.vocab_size)}  # some models are padded
     for tokens in generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-                           stop_token=end):
-        for row, token in zip(rows, tokens, strict=True):
-            if token is not None and token != end and token < encoding.n_vocab:  # some vocabularies are padded
-                row.append(token)
-    return [encoding.decode(row) for row in rows]
+                           stop_token=encoding.eot_token):
+        yield [decoder.decode(b"" if token in silent else encoding.decode_single_token_bytes(token))
+               for decoder, token in zip(decoders, tokens, strict=True)]
+    yield [decoder.decode(b"", final=True) for decoder in decoders]  # half of a character
 
 
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, stop_token: int | None = None) -> Iterator[list[int | None]]:
+             top_p: float = 1.0, seed: int = 0, stop_token: int | None = None,
+             use_cache: bool = True) -> Iterator[list[int | None]]:
     """Continue several prompts at once; yields after each step the new token of every prompt.
 
     prompts: B lists of token ids, none of them empty, of any lengths. A prompt that has drawn `stop_token` is
     finished and yields None from there on; the iterator ends when all have, or after `max_new_tokens` steps.
     Beyond `block_size` tokens the model sees the last `block_size` of them. temperature, top_k, top_p: see
-    `sample`. The draws depend on `seed` alone and leave PyTorch's global random state as it was.
+    `sample`. The draws depend on `seed` alone and leave PyTorch's global random state as it was. use_cache: keep the
+    keys and values of earlier tokens (`KVCache`) instead of working them out anew for each token.
 
     Puts the model into evaluation mode while it runs.
     """
@@ -45,27 +60,70 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws whatever the device
     was_training = model.training
     model.eval()
+    length = max(map(len, rows)) + max_new_tokens - 1  # the last token is not read again
+    cache = KVCache(model, len(rows), min(length, model.config.block_size)) if use_cache else None
     try:
         for _ in range(max_new_tokens):
-            tokens = sample(next_logits(model, rows), temperature, top_k, top_p, generator)
-            for b, token in enumerate(tokens):
-                if not finished[b]:
-                    rows[b].append(token)
+            if max(map(len, rows)) > model.config.block_size:
+                cache = None  # from here on every token moves to another position at every step
+            tokens = sample(next_logits(model, rows, cache), temperature, top_k, top_p, generator)
             yield [None if done else token for token, done in zip(tokens, finished, strict=True)]
             finished = [done or token == stop_token for token, done in zip(tokens, finished, strict=True)]
             if all(finished):
                 return
+            for row, token in zip(rows, tokens, strict=True):
+                row.append(token)
     finally:
         model.train(was_training)
 
 
-def next_logits(model: GPT, rows: list[list[int]]) -> torch.Tensor:
-    """Logits (B, vocab_size), float32 on the CPU, for the token after each row of token ids."""
-    windows = [row[-model.config.block_size:] for row in rows]
+class KVCache:
+    """The keys and values of what a model has read of B texts, with room for `length` tokens of each.
+
+    Shorter texts are padded on the right, where a causal model's earlier positions never look; a text's next token
+    goes over the padding, which is out of sight until then.
+    """
+
+    def __init__(self, model: GPT, B: int, length: int):
+        c = model.config
+        self.kv = model.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, length, c.n_embd // c.n_head)
+        self.lengths = [0] * B  # tokens of each text that are here
+
+    def read(self, model: GPT, idx: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """The final activations (B, T, n_embd) of tokens `idx` (B, T): the texts so far, or then one more of each.
+
+        lengths: of the texts with them.
+        """
+        before, self.lengths = self.lengths, lengths
+        if min(before) == max(before):  # all at one place, as at the beginning
+            new, mask = slice(before[0], before[0] + idx.shape[1]), None
+            positions = torch.arange(new.start, new.stop, device=idx.device)[None]  # (1, T)
+            self.new = (slice(None), slice(None), new)
+        else:
+            positions = torch.tensor(before, device=idx.device)[:, None]  # (B, 1)
+            mask = (torch.arange(max(lengths), device=idx.device) <= positions)[:, None, None]  # (B, 1, 1, keys)
+            self.new = (torch.arange(len(before), device=idx.device), slice(None), positions[:, 0])
+        return model.hidden(idx, positions, mask, [partial(self.keep, kept) for kept in self.kv])
+
+    def keep(self, kept: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put new keys and values (B, n_head, T, head size) into a layer's part of the cache; all of them so far."""
+        for there, new in zip(kept, (k, v), strict=True):
+            there[self.new] = new if isinstance(self.new[0], slice) else new[:, :, 0]
+        keys, values = kept[:, :, :, :max(self.lengths)]
+        return keys, values
+
+
+def next_logits(model: GPT, rows: list[list[int]], cache: KVCache | None = None) -> torch.Tensor:
+    """Logits (B, vocab_size), float32 on the CPU, for the token after each row of token ids.
+
+    cache: has read the rows but for their last token, or nothing yet.
+    """
+    windows = ([row[read:] for row, read in zip(rows, cache.lengths, strict=True)] if cache else
+               [row[-model.config.block_size:] for row in rows])
     longest = max(len(window) for window in windows)
-    # Shorter rows are padded on the right, where a causal model's earlier positions never look.
     padded = [window + [0] * (longest - len(window)) for window in windows]
-    x = model.hidden(torch.tensor(padded, device=model.wte.weight.device))  # (B, T, C)
+    idx = torch.tensor(padded, device=model.wte.weight.device)
+    x = cache.read(model, idx, [len(row) for row in rows]) if cache else model.hidden(idx)  # (B, T, C)
     x = torch.stack([x[b, len(window) - 1] for b, window in enumerate(windows)])  # (B, C), each row's last position
     return model.lm_head(x).float().cpu()
 

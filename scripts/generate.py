@@ -1,10 +1,13 @@
 """Write text with a trained model: python -m scripts.generate --prompt "Once upon a time" """
 
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from gpt.distributed import select_device
 from gpt.errors import UserError
-from gpt.generation import complete
+from gpt.generation import stream
 from scripts import command_line
 
 
@@ -28,16 +31,26 @@ class GenerateConfig(command_line.CheckpointConfig):
     """of the draws: the same seed writes the same text"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type of the weights; bfloat16 has half the size and three digits"""
 
 
 def main(config: GenerateConfig) -> None:
-    """Load a checkpoint and print continuations of the prompt; which checkpoint it was goes to standard error."""
+    """Load a checkpoint and print continuations of the prompt, the first one as it is written; which checkpoint it was
+    goes to standard error."""
     check(config)
     device = select_device(config.device)
     _, model, encoding = command_line.load_model(config, device)
-    texts = complete(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
-                     temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    print("\n---\n".join(texts))
+    texts: list[list[str]] = [[] for _ in range(config.num_samples)]
+    for pieces in stream(model.to(getattr(torch, config.dtype)), encoding, [config.prompt] * config.num_samples,
+                         config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                         seed=config.seed):
+        print(pieces[0], end="", flush=True)
+        for text, piece in zip(texts, pieces, strict=True):
+            text.append(piece)
+    print()
+    for text in texts[1:]:
+        print(f"---\n{''.join(text)}")
 
 
 def check(config: GenerateConfig) -> None:

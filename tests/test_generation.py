@@ -1,10 +1,12 @@
 """gpt/generation.py: drawing tokens as the formulas say."""
 
+import copy
+
 import pytest
 import torch
 
 from gpt.config import GPTConfig
-from gpt.generation import complete, generate, sample
+from gpt.generation import KVCache, complete, generate, next_logits, sample, stream
 from gpt.model import GPT
 from gpt.tokenizer import get_tokenizer
 
@@ -30,12 +32,49 @@ def columns(steps):
     return [list(row) for row in zip(*steps, strict=True)]
 
 
-def test_greedy_equals_the_plain_loop_beyond_the_context(model):
-    """Prompts of different lengths in one batch, 30 tokens on a context of 12."""
-    prompts = [[1, 2, 3], [7], list(range(20)), [5] * 12]
-    batch = columns(generate(model, prompts, 30, temperature=0))
+@pytest.mark.parametrize("prompts", [[[1, 2, 3], [7], [9] * 11], [[1, 2], [3, 4]],
+                                     [[1, 2, 3], [7], [*range(20)], [5] * 12]])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_equals_the_plain_loop_beyond_the_context(model, prompts, use_cache):
+    """Prompts of the same and of different lengths in one batch, 30 tokens on a context of 12, with the KV cache and
+    without."""
+    batch = columns(generate(model, prompts, 30, temperature=0, use_cache=use_cache))
     assert batch == [greedy(model, prompt, 30) for prompt in prompts]
-    assert columns(generate(model, prompts, 30, top_k=1)) == batch
+    assert columns(generate(model, prompts, 30, top_k=1, use_cache=use_cache)) == batch
+
+
+def test_the_cache_has_the_logits_of_the_whole_text(model):
+    """Step by step to 1e-5, at every position: greedy tokens alone would hide a small error."""
+    rows = [[*range(1, 6)], [7], [9, 8, 7]]
+    cache = KVCache(model, len(rows), 12)
+    with torch.no_grad():
+        for step in range(7):
+            found = next_logits(model, rows, cache)
+            for row, logits in zip(rows, found, strict=True):
+                assert torch.allclose(logits, model(torch.tensor([row]))[0, -1], atol=1e-5)
+                row.append(step)
+
+
+def test_each_earlier_token_is_read_once(model):
+    """That is what the cache is for."""
+    seen = []
+    handle = model.h[0].register_forward_hook(lambda module, arguments, out: seen.append(out.shape[1]))
+    list(generate(model, [[1, 2, 3], [4]], 8))
+    handle.remove()
+    assert seen == [3] + [1] * 7
+
+
+def test_bfloat16_weights(model):
+    """Half the memory, three digits, through the cache too: the logits are near those of float32."""
+    half, rows = copy.deepcopy(model).to(torch.bfloat16), [[3, 1], [4]]
+    cache = KVCache(half, 2, 12)
+    assert cache.kv.dtype == torch.bfloat16
+    with torch.no_grad():
+        for step in range(9):
+            for row, logits in zip(rows, next_logits(half, rows, cache), strict=True):
+                expected = model(torch.tensor([row]))[0, -1]
+                assert (logits - expected).norm() < 0.05 * expected.norm()
+                row.append(step)
 
 
 def test_draws_have_the_right_frequencies():
@@ -64,6 +103,7 @@ def test_the_seed_decides_and_nothing_else(model):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = columns(generate(model, [[1], [2]], 20, seed=7))
+    assert columns(generate(model, [[1], [2]], 20, seed=7, use_cache=False)) == first
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     assert columns(generate(model, [[1], [2]], 20, seed=7)) == first
@@ -106,3 +146,21 @@ def test_complete_hides_the_end_of_text():
     with torch.no_grad():
         model.wte.weight[encoding.eot_token, 0] = 2
     assert complete(model, encoding, ["A", "Two words"], 3, temperature=0) == ["A", "Two words"]
+
+
+def test_characters_of_several_tokens_come_whole():
+    """What streams to a terminal, joined, is what the tokens say; no half of a character is shown."""
+    encoding = get_tokenizer()
+    text = "naïve 東京 🙂"
+    ids = encoding.encode(text)
+    model = GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=32)).eval()
+    with torch.no_grad():  # at each position the likeliest token is the text's next one
+        model.h[0].attn.c_proj.weight.zero_(), model.h[0].mlp.c_proj.weight.zero_()
+        model.wte.weight.zero_(), model.wpe.weight.zero_()
+        for position, token in enumerate(ids):
+            model.wpe.weight[position, position] = 2.0
+            model.wte.weight[token, position] = 1.0
+    pieces = [piece for piece, in stream(model, encoding, ["A"], len(ids), temperature=0)]
+    assert "".join(pieces) == "A" + text and "" in pieces and "\ufffd" not in "".join(pieces)
+    cut = next(i for i in range(len(ids)) if encoding.decode(ids[:i]).endswith("\ufffd"))
+    assert complete(model, encoding, ["A"], cut, temperature=0) == ["A" + encoding.decode(ids[:cut])]
