@@ -48,9 +48,10 @@ class RunLog:
             except OSError:  # a full disk, a terminal that is gone: a lost line must not end the run
                 pass
 
-    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float,
+    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float, mfu: float,
              batch_tokens: int, line: bool) -> None:
-        """Log the update with index `step`, of `batch_tokens` tokens: the loss is the one before the update."""
+        """Log the update with index `step`, of `batch_tokens` tokens: the loss is the one before the update, mfu the
+        share of the device's speed in matrix products that it reached (`gpt.flops`)."""
         if not self.enabled:
             return
         tokens_per_s = batch_tokens / seconds
@@ -58,11 +59,11 @@ class RunLog:
                       "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16: a step that was skipped
                       "tokens": (step + 1) * batch_tokens, "tokens_per_s": round(tokens_per_s, 1)})
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {mfu:.0%} MFU", refresh=False)
             self.bar.update()
         if line and (self.bar is None or not sys.stdout.isatty()):
             self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | "
-                       f"grad norm: {grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f}")
+                       f"grad norm: {grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%}")
 
     def validation(self, *, step: int, loss: float, bits_per_byte: float | None) -> None:
         """Log the validation loss, in nats per token, of the model after `step` updates, and in bits per byte of text

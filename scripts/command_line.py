@@ -41,10 +41,11 @@ class Parser(jsonargparse.ArgumentParser):
         self.exit(2)
 
 
-def run(main: Callable[[Any], int | None], config_class: type) -> None:
+def run(main: Callable[[Any], int | None], config_class: type, positional: str = "") -> None:
     """Parse the command line into `config_class`, call `main` with it, and exit with the status it returns.
 
     Every field is a flag and a key of a `--config` YAML file; flags override the file, whatever their order.
+    positional: a field whose flag may be left out before the first word.
     """
     spec = sys.modules["__main__"].__spec__
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -54,7 +55,10 @@ def run(main: Callable[[Any], int | None], config_class: type) -> None:
     parser.add_class_arguments(config_class)
     try:
         try:
-            arguments = parser.parse_args([*with_values(config_first(sys.argv[1:]), config_class)])
+            words = sys.argv[1:]
+            if positional and words and not words[0].startswith("-"):
+                words.insert(0, f"--{positional}")
+            arguments = parser.parse_args([*with_values(config_first(words), config_class)])
         except UnicodeDecodeError:
             parser.error("--config: not a text file")
         settings = vars(parser.instantiate(arguments))

@@ -25,7 +25,9 @@ from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
 from gpt.errors import UserError
 from gpt.evaluation import evaluate
+from gpt.flops import flops_per_token, matmul_rate
 from gpt.generation import complete
+from gpt.linear import keep_freed_memory
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizers, learning_rate
@@ -159,6 +161,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     # The model as it is trained: on its device, compiled, its gradients averaged over ranks. Evaluating, sampling
     # and saving use `model` itself, which shares the weights, and so never compile anything again.
     model.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     trained = torch.compile(model) if distributed.select_compile(config.compile, device) else model
     if dist.world_size > 1:
         trained = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
@@ -174,6 +178,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     log.print(f"{model.num_parameters():,} parameters, {str(dtype).removeprefix('torch.')}, a step is "
               f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
               + (f" on each of {dist.world_size} processes" if dist.world_size > 1 else ""))
+    # For the log: what a step computes, and how much the device could compute in a second.
+    step_flops = flops_per_token(model.config, model.num_parameters(), config.seq_len) * config.total_batch_size
+    flops_per_s = matmul_rate(device, dtype) * dist.world_size
     done_step = -1  # the step whose validation and checkpoint are there already
     if saved:
         checkpoint.load_optimizers(saved_optim, optimizers, scaler)
@@ -287,7 +294,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         else:
             check_finite(f"step {step}: gradient norm {grad_norm}", grad_norm, config, last_saved)
         log.step(step=step, loss=train_loss, lr=lr, grad_norm=grad_norm, seconds=seconds,
-                 batch_tokens=config.total_batch_size,
+                 mfu=step_flops / seconds / flops_per_s, batch_tokens=config.total_batch_size,
                  line=step % config.log_every == 0 or step + 1 == config.max_steps)
         hours = seconds * (config.max_steps - step - 1) / 3600
         if step == first_step and device.type == "cpu" and hours > 1:

@@ -6,7 +6,7 @@ from gpt.metrics import RunLog, read_metrics
 
 
 def step(log, number):
-    log.step(step=number, loss=1.5, lr=0.1, grad_norm=2.0, seconds=0.5, batch_tokens=64, line=False)
+    log.step(step=number, loss=1.5, lr=0.1, grad_norm=2.0, seconds=0.5, mfu=0.5, batch_tokens=64, line=False)
 
 
 def test_lines_survive_a_folder_that_cannot_be_written(tmp_path, capsys):
