@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt import linear
@@ -24,11 +25,11 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch):
     monkeypatch.setattr(linear, "HAS_ONEDNN", False)
     config = GPTConfig(block_size=256, vocab_size=5000, n_layer=3, n_head=4, n_embd=128)
     model, idx = GPT(config), torch.randint(5000, (2, 256))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch 2.11 counts no other on a CPU
         F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()).backward()
     expected = counter.get_total_flops() / idx.numel()
-    # 6 N also has position embeddings, biases and norms, and the counter the scores that a backward pass makes again
-    assert flops_per_token(config, model.num_parameters(), 256) == pytest.approx(expected, rel=0.06)
+    # 6 N also has position embeddings, biases and norms.
+    assert flops_per_token(config, model.num_parameters(), 256) == pytest.approx(expected, rel=0.04)
 
 
 @pytest.mark.parametrize("what, keys", [("train", ["ms_per_step", "tokens_per_s", "mfu"]),
@@ -51,13 +52,11 @@ def test_it_measures(what, keys, tmp_path):
     assert not (tmp_path / "log").exists()
 
 
-def test_the_matmul_rate_is_that_of_this_machine():
-    """Of one thread it is at most what two have, and both are far from nothing and from impossible."""
-    rates, threads = [], torch.get_num_threads()
-    for count in (1, threads):
-        torch.set_num_threads(count)
-        rates.append(matmul_rate(torch.device("cpu"), torch.float32))
-    assert 1e8 < rates[0] < 1.5 * rates[1] and rates[1] < 1e14
+def test_the_matmul_rate_is_possible_and_leaves_random_numbers_alone():
+    """Between a pocket calculator and a supercomputer; a run that measures it must draw what it would have drawn."""
+    state = torch.get_rng_state()
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e15
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_mistakes_are_named(tmp_path):
