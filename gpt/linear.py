@@ -1,8 +1,8 @@
 """Matrix products in float32 on a CPU, through oneDNN.
 
-PyTorch has two libraries for them, and in float32 always takes MKL, which on AMD's processors keeps to half of their
-width: on a Zen 4 it makes 200 GFLOP/s where oneDNN makes 400 with the same two cores, and for a single row it reads
-weights at 17 GB/s against 40. PyTorch's compiler takes oneDNN's operation too. Everything else goes to `F.linear`.
+PyTorch has two libraries for them and in float32 takes MKL. On the AMD processor that we have (two cores) MKL makes 200
+GFLOP/s and oneDNN 400, and for a single row MKL reads weights at 17 GB/s and oneDNN at 40. No other was measured.
+What is not float32 on a CPU goes to `F.linear`.
 """
 
 import contextlib

@@ -167,10 +167,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if positions is None and self.config.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}: crop the context")
-        # On a CPU the lookup's gradient is sparse: the one of the LM head is added to, and no second (V, C) is made.
-        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = F.embedding(idx, self.wte.weight, sparse=sparse)
-        x = self.drop(x + (self.wpe.weight[:T] if positions is None else self.wpe(positions)))  # (B, T, C)
+        x = self.drop(self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions)))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, mask, keep and keep[i])
         return self.ln_f(x)

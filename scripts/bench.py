@@ -11,9 +11,9 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,9 +38,9 @@ class BenchConfig(train.TrainConfig):
     """train: steps of the training loop; generate: tokens from a model; load: batches from large shards"""
     repeats: int = 10
     """what is measured is repeated this often, after a warm-up; the median counts"""
-    batch_sizes: list[int] = (1, 16)
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     """generate: texts that are written at once"""
-    dtypes: list[Literal["float32", "bfloat16"]] = ("float32", "bfloat16")
+    dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
     """generate: types of the weights"""
     new_tokens: int = 128
     """generate: tokens of each text"""
@@ -54,6 +54,8 @@ def main(config: BenchConfig) -> None:
     """Measure, and print a table: of random tokens and random weights, which take the same time as others."""
     if config.repeats < 1 or config.new_tokens < 2 or config.shards < 1 or not all(b > 0 for b in config.batch_sizes):
         raise UserError("repeats, shards and batch_sizes must be 1 or more, new_tokens 2 or more")
+    if config.seq_len == "auto":
+        raise UserError("seq_len is auto: bench makes tokens of its own, pass a number")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("bench measures one process: run it without torchrun")
     device = select_device(config.device)
@@ -61,13 +63,12 @@ def main(config: BenchConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = {"train": bench_train, "generate": bench_generate, "load": bench_load}[config.what](
             config, vocab_size, device, Path(folder))
-    for row in rows:
-        row["peak_memory_mb"] = round(peak_memory(device) / 1e6)
+    peak_mb = round(peak_memory(device) / 1e6)
     if config.json:
         print(json.dumps({"what": config.what, "device": device_name(device), "torch": torch.__version__,
-                          "threads": torch.get_num_threads(), "rows": rows}))
+                          "threads": torch.get_num_threads(), "peak_memory_mb": peak_mb, "rows": rows}))
         return
-    print(f"{config.what} on {device_name(device)}, torch {torch.__version__}")
+    print(f"{config.what} on {device_name(device)}, torch {torch.__version__}, peak memory {peak_mb:,} MB")
     for key in rows[0]:
         cells = (f"{value:,.4g}" if isinstance(value := row[key], float) else f"{value:,}" if isinstance(value, int)
                  else value for row in rows)
@@ -170,7 +171,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def device_name(device: torch.device) -> Any:
+def device_name(device: torch.device) -> str:
     """What the device is called."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -182,9 +182,9 @@ def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, s
                                     refresh=False)
                 bar.update(batch.share - bar.n)
         if config.parts == 1:
-            useful = False
+            kept, useful = useful, False  # of a text that will not do nothing stays, whatever was written
             require_tokens(counts, settings)
-            useful = True
+            useful = kept
         for writer in writers.values():
             writer.close()
         state["finished"] = useful = True
