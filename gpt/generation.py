@@ -90,9 +90,9 @@ class KVCache:
         self.lengths = [0] * B  # tokens of each text that are here
 
     def read(self, model: GPT, idx: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """The final activations (B, T, n_embd) of tokens `idx` (B, T): the texts so far, or then one more of each.
+        """The final activations of tokens `idx` (B, T): the texts so far, or then one more of each; (B, T, n_embd).
 
-        lengths: of the texts with them.
+        At first `idx` may be (1, T), for B texts that begin alike. lengths: of the texts with these tokens.
         """
         before, self.lengths = self.lengths, lengths
         if min(before) == max(before):  # all at one place, as at the beginning
@@ -106,10 +106,10 @@ class KVCache:
         return model.hidden(idx, positions, mask, [partial(self.keep, kept) for kept in self.kv])
 
     def keep(self, kept: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put new keys and values (B, n_head, T, head size) into a layer's part of the cache; all of them so far."""
+        """Put new keys and values (B or 1, n_head, T, head size) into a layer's part of the cache; all so far."""
         for there, new in zip(kept, (k, v), strict=True):
             there[self.new] = new if isinstance(self.new[0], slice) else new[:, :, 0]
-        keys, values = kept[:, :, :, :max(self.lengths)]
+        keys, values = kept[:, :len(k), :, :max(self.lengths)]
         return keys, values
 
 
@@ -120,12 +120,14 @@ def next_logits(model: GPT, rows: list[list[int]], cache: KVCache | None = None)
     """
     windows = ([row[read:] for row, read in zip(rows, cache.lengths, strict=True)] if cache else
                [row[-model.config.block_size:] for row in rows])
+    if not (cache and any(cache.lengths)) and all(window == windows[0] for window in windows):
+        windows = windows[:1]  # several samples of one prompt: it is read once for all
     longest = max(len(window) for window in windows)
     padded = [window + [0] * (longest - len(window)) for window in windows]
     idx = torch.tensor(padded, device=model.wte.weight.device)
     x = cache.read(model, idx, [len(row) for row in rows]) if cache else model.hidden(idx)  # (B, T, C)
-    x = torch.stack([x[b, len(window) - 1] for b, window in enumerate(windows)])  # (B, C), each row's last position
-    return model.lm_head(x).float().cpu()
+    x = torch.stack([x[b, len(window) - 1] for b, window in enumerate(windows)])  # (B or 1, C), the last positions
+    return model.lm_head(x).float().cpu().expand(len(rows), -1)
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,

@@ -57,11 +57,22 @@ def test_the_cache_has_the_logits_of_the_whole_text(model):
 
 def test_each_earlier_token_is_read_once(model):
     """That is what the cache is for."""
-    seen = []
-    handle = model.h[0].register_forward_hook(lambda module, arguments, out: seen.append(out.shape[1]))
-    list(generate(model, [[1, 2, 3], [4]], 8))
-    handle.remove()
-    assert seen == [3] + [1] * 7
+    def shapes(prompts: list[list[int]]) -> list[tuple[int, ...]]:
+        seen = []
+        handle = model.h[0].register_forward_hook(lambda module, arguments, out: seen.append(out.shape[:2]))
+        list(generate(model, prompts, 8))
+        handle.remove()
+        return seen
+
+    assert shapes([[1, 2, 3], [4]]) == [(2, 3)] + [(2, 1)] * 7
+    assert shapes([[1, 2, 3]] * 2) == [(1, 3)] + [(2, 1)] * 7  # one prompt for both
+
+
+def test_samples_of_one_prompt(model):
+    """They differ from the first draw on, and are those of the plain loop, beyond the context too."""
+    samples = columns(generate(model, [[1, 2, 3]] * 4, 30, seed=3))
+    assert len({tuple(sample) for sample in samples}) == 4
+    assert columns(generate(model, [[1, 2, 3]] * 4, 30, seed=3, use_cache=False)) == samples
 
 
 def test_bfloat16_weights(model):
