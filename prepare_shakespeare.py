@@ -50,11 +50,11 @@ class PrepareConfig:
     out: str = "shakespeare_data"
     """folder for the shards"""
     input: str | None = None
-    """a text file of your own (UTF-8) instead of Shakespeare"""
+    """a text file of your own, in UTF-8, instead"""
     val_fraction: float = 0.1
-    """share of the tokens, at the end of the text, kept for validation"""
+    """share for validation, at the end of the text"""
     seq_len: int = 256
-    """tokens in a window of the run to come: each split must hold one"""
+    """tokens in a window; each split must hold one"""
 
 
 def main(config: PrepareConfig) -> None:

@@ -13,15 +13,15 @@ class GPTConfig:
     """
 
     block_size: int = 1024
-    """longest context the model has positions for, in tokens"""
+    """longest context, in tokens"""
     vocab_size: int = 50257
-    """number of tokens the model knows"""
+    """tokens the model knows"""
     n_layer: int = 12
-    """number of blocks"""
+    """blocks"""
     n_head: int = 12
-    """attention heads in each block; must divide n_embd"""
+    """attention heads in a block; must divide n_embd"""
     n_embd: int = 768
-    """width: the size of each token's vector"""
+    """width: numbers in each token's vector"""
     dropout: float = 0.0
     """share of activations zeroed in training"""
 

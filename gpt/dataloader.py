@@ -1,6 +1,5 @@
 """DataLoaderLite: which tokens are in which batch, as a pure function of (seed, step)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,16 +78,16 @@ class DataLoaderLite:
             window[epoch == e] = shuffled(index[epoch == e], self.n_windows, self.seed, int(e))
         return window
 
-    def eval_batches(self, eval_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of the first `eval_tokens` tokens (at least one window), unshuffled, each window once.
+    def eval_windows(self, eval_tokens: int) -> list[np.ndarray]:
+        """This rank's share of the first `eval_tokens` tokens (at least one window), unshuffled, each window once: a
+        batch of windows for `read` after the other.
 
-        Yields (x, y), each (at most B, T): the last batch may be smaller, and ranks may have different numbers of
-        batches, so losses must be weighted by `y.numel()` and summed over ranks.
+        The last batch may be smaller, and ranks may have different numbers of batches, so losses must be weighted by
+        their tokens and summed over ranks.
         """
         count = min(max(eval_tokens // self.seq_len, 1), self.n_windows)
         mine = np.arange(self.rank, count, self.world_size)
-        for start in range(0, len(mine), self.micro_batch_size):
-            yield self.read(mine[start:start + self.micro_batch_size])
+        return [mine[start:start + self.micro_batch_size] for start in range(0, len(mine), self.micro_batch_size)]
 
     def read(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of the given windows (B,) as (x, y), each (B, T) int64 on the loader's device."""

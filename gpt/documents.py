@@ -42,26 +42,27 @@ Piece = tuple[bool, str]  # whether a document begins with it, and text
 class TextConfig:
     """Settings of all commands that read text."""
 
+    # Text
     input: list[str] = field(default_factory=list)
-    """files, folders and patterns: .txt .md .jsonl .json .csv .parquet, plain, .gz or .zst; others are read as text"""
+    """files, folders, patterns: text, JSON, CSV, Parquet"""
     dataset: str | None = None
-    """instead of input: a data set of the Hugging Face hub"""
+    """instead: a data set of the Hugging Face hub"""
     name: str | None = None
-    """configuration of the data set"""
+    """its configuration"""
     revision: str | None = None
-    """version of the data set: a branch, a tag or a commit"""
+    """its version: a branch, a tag or a commit"""
     split: str = "train"
-    """split of the data set"""
+    """its split"""
     text_column: str = "text"
     """column or key with the text"""
     documents: Literal["auto", "row", "file"] = "auto"
-    """what a document is: a row of a table or line of a text; a file; auto: file for text, row for tables"""
+    """a row, a file; auto: file if text, row if table"""
     document_separator: str | None = None
-    """text that stands between two documents, as <|endoftext|> does in some files; \\n is the end of a line"""
+    """text between two documents; \\n ends a line"""
     val_fraction: float = 0.1
-    """share of the documents kept for validation, chosen by a hash of the text; of a single text file its end"""
+    """share for validation; of a single text its end"""
     errors: Literal["strict", "replace"] = "strict"
-    """bytes that are not UTF-8: stop, or take U+FFFD in their place"""
+    """not UTF-8: strict stops, replace goes on"""
 
     def __post_init__(self):
         if not 0 <= self.val_fraction < 1:

@@ -218,8 +218,8 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
     model.eval()
     mine = examples[dist.rank::dist.world_size]
     labels, choices = torch.tensor([example.label for example in mine]), torch.full((len(mine), 2), -1)
-    no_bar = None if show_bar and dist.is_master else True  # None: unless standard error is a terminal
-    with (tqdm(total=len(mine), unit="example", disable=no_bar, dynamic_ncols=True) as bar,
+    no_bar = None if show_bar and dist.is_master else True  # None: where standard error is a terminal
+    with (tqdm(total=len(mine), unit="example", disable=no_bar, dynamic_ncols=True, leave=None) as bar,
           contextlib.suppress(InterruptedError)):
         def report(index: int, scores: torch.Tensor) -> None:
             bar.update(int(choices[index, 0] < 0))

@@ -1,43 +1,84 @@
-"""A run's log: console lines, a progress bar on a terminal, and metrics.jsonl."""
+"""A run's log: console lines, a progress bar on a terminal, metrics.jsonl, samples.txt, and TensorBoard or
+Weights & Biases if they are asked for."""
 
+import html
+import importlib
 import json
 import math
 import os
+import re
 import sys
+import uuid
+from collections.abc import Sized
 from pathlib import Path
+from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from gpt.atomic import atomic_write
+from gpt.errors import UserError
+from gpt.red_flags import red_flags
 
 
 class RunLog:
     """Writes what happens in a run; on ranks other than 0 (`enabled` false) every method does nothing.
 
-    On a terminal a bar shows the newest loss, tokens per second and the time left; elsewhere steps are lines.
+    On a terminal a bar shows the newest losses, tokens per second and the time left; elsewhere steps are lines.
+    Raises UserError where TensorBoard or Weights & Biases are asked for and not installed.
     """
 
-    def __init__(self, log_dir: str | Path, enabled: bool):
-        self.path, self.enabled = Path(log_dir) / "metrics.jsonl", enabled
+    def __init__(self, log_dir: str | Path, enabled: bool, tensorboard: bool = False, wandb_project: str | None = None):
+        self.folder, self.enabled = Path(log_dir), enabled
+        self.path, self.samples_path = self.folder / "metrics.jsonl", self.folder / "samples.txt"
         self.bar: tqdm | None = None
         self.size, self.unwritten = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
+        self.train: list[dict] = []  # all records of the split
+        self.val: list[dict] = []
+        self.warned: set[str] = set()
+        self.wandb_project, self.run = wandb_project, None
+        self.tensorboard = optional("torch.utils.tensorboard", "tensorboard") if enabled and tensorboard else None
+        self.wandb = optional("wandb", "wandb") if enabled and wandb_project else None
+        self.board: Any = None
 
-    def start(self, step: int, max_steps: int, evaluated: bool = True) -> float:
-        """Open the log at `step`; the lowest validation loss so far, infinity in a new run.
+    def start(self, step: int, settings: dict, evaluated: bool = True) -> tuple[float, int]:
+        """Open the log of a run with these settings at `step`.
 
         What a killed run had logged beyond its last checkpoint is dropped: it is about to happen again, and so are the
         evaluations after `step` updates unless that model has been `evaluated`.
+
+        Returns the lowest validation loss so far, infinity in a new run, and how many validations came after it.
         """
-        best = float("inf")
         if not self.enabled:
-            return best
+            return math.inf, 0
         records = [r for r in read_metrics(self.path) if r["step"] < step + (evaluated and r["split"] != "train")]
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         self.size = self.path.stat().st_size
+        if self.samples_path.exists():
+            text = self.samples_path.read_text(errors="replace")
+            later = (match.start() for match in re.finditer(r"^--- sample at step (\d+) ---$", text, re.MULTILINE)
+                     if int(match[1]) >= step + evaluated)
+            with atomic_write(self.samples_path) as file:
+                file.write(text[:next(later, None)].encode())
+        self.train, self.val = ([r for r in records if r["split"] == split] for split in ("train", "val"))
+        if self.tensorboard:
+            self.board = self.tensorboard.SummaryWriter(self.folder, purge_step=step + evaluated)
+            self.board.add_text("settings", f"```\n{yaml.safe_dump(settings, sort_keys=False)}```", step)
+        if self.wandb:
+            name = self.folder / "wandb_run.txt"  # so that a run that goes on is the same run there
+            if not name.exists():
+                name.write_text(uuid.uuid4().hex)
+            try:
+                self.run = self.wandb.init(project=self.wandb_project, name=self.folder.name, dir=self.folder,
+                                           id=name.read_text().strip(), resume="allow", config=settings)
+            except self.wandb.Error as error:
+                raise UserError(f"wandb_project {self.wandb_project!r}: {error}") from None
         if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
-            self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True)
-        return min((r["loss"] for r in records if r["split"] == "val"), default=best)
+            self.bar = tqdm(total=settings["max_steps"], initial=step, unit="step", dynamic_ncols=True)
+        losses = [record["loss"] for record in self.val]
+        best = min(losses, default=math.inf)
+        return best, len(losses) - 1 - losses.index(best) if losses else 0
 
     def print(self, text: str) -> None:
         """A line on the console, above the bar if there is one."""
@@ -48,22 +89,52 @@ class RunLog:
             except OSError:  # a full disk, a terminal that is gone: a lost line must not end the run
                 pass
 
+    def progress(self, what: str, items: Sized) -> Any:
+        """The items, with a bar of their own below that of the run while one goes through them."""
+        return tqdm(items, desc=what, leave=False, dynamic_ncols=True) if self.bar is not None else items
+
     def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float, mfu: float,
-             batch_tokens: int, line: bool) -> None:
+             batch_tokens: int, epoch: float, line: bool) -> None:
         """Log the update with index `step`, of `batch_tokens` tokens: the loss is the one before the update, mfu the
-        share of the device's speed in matrix products that it reached (`gpt.flops`)."""
+        share of the device's speed in matrix products that it reached (`gpt.flops`), epoch how often training has been
+        through its data after it."""
         if not self.enabled:
             return
         tokens_per_s = batch_tokens / seconds
         self._append({"step": step, "split": "train", "loss": loss, "lr": lr,
                       "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16: a step that was skipped
-                      "tokens": (step + 1) * batch_tokens, "tokens_per_s": round(tokens_per_s, 1)})
+                      "tokens": (step + 1) * batch_tokens, "epoch": round(epoch, 4),
+                      "tokens_per_s": round(tokens_per_s, 1)})
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {mfu:.0%} MFU", refresh=False)
+            val = f"val {self.val[-1]['loss']:.4f}, " if self.val else ""
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {val}{tokens_per_s:,.0f} tokens/s, {mfu:.0%} MFU", False)
             self.bar.update()
         if line and (self.bar is None or not sys.stdout.isatty()):
-            self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | "
-                       f"grad norm: {grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%}")
+            self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | grad norm: "
+                       f"{grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}")
+
+    def samples(self, *, step: int, texts: list[str]) -> None:
+        """Show what the model writes after `step` updates, and keep it in samples.txt."""
+        if not self.enabled:
+            return
+        shown = "\n".join(f"--- sample at step {step} ---\n{text.strip()}\n---" for text in texts)
+        self.print(shown)
+        try:
+            with open(self.samples_path, "a", encoding="utf-8") as file:
+                file.write(shown + "\n\n")
+        except OSError as error:
+            self.print(f"warning: {self.samples_path} cannot be written ({error.strerror})")
+        if self.board:
+            self.board.add_text("samples", f"```\n{shown}\n```", step)
+        if self.run:
+            self.run.log({"samples": self.wandb.Html(f"<pre>{html.escape(shown)}</pre>")}, step=step)
+
+    def warn(self, vocab_size: int, warmup_steps: int) -> None:
+        """Say what looks wrong (`gpt.red_flags`), each thing once."""
+        for name, words in red_flags(self.train, self.val, vocab_size, warmup_steps).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                self.print(f"warning: {words}")
 
     def validation(self, *, step: int, loss: float, bits_per_byte: float | None) -> None:
         """Log the validation loss, in nats per token, of the model after `step` updates, and in bits per byte of text
@@ -88,12 +159,21 @@ class RunLog:
             self._write(sync=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        """Leave the bar as it stands, and finish what others write."""
+        for other, end in ((self.bar, "close"), (self.board, "close"), (self.run, "finish")):
+            if other is not None:
+                getattr(other, end)()
+        self.bar = self.board = self.run = None
 
     def _append(self, record: dict) -> None:
+        if record["split"] != "hellaswag":
+            (self.train if record["split"] == "train" else self.val).append(record)
+        scalars = {f"{record['split']}/{name}": value for name, value in record.items()
+                   if name not in ("step", "split") and value is not None}
+        for name, value in scalars.items() if self.board else ():
+            self.board.add_scalar(name, value, record["step"])
+        if self.run:
+            self.run.log(scalars, step=record["step"])
         before, self.unwritten = self.unwritten, self.unwritten + json.dumps(record) + "\n"
         try:
             self._write()
@@ -109,6 +189,14 @@ class RunLog:
             if sync:
                 os.fsync(file.fileno())
             self.size, self.unwritten = file.tell(), ""
+
+
+def optional(module: str, package: str) -> Any:
+    """A module of a package that need not be there. Raises UserError if it is not."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{package} is not installed: pip install {package}") from None
 
 
 def read_metrics(path: str | Path) -> list[dict]:

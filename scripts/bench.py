@@ -34,10 +34,11 @@ from scripts import command_line, train
 class BenchConfig(train.TrainConfig):
     """Settings of scripts.bench, besides those of scripts.train."""
 
+    # Bench
     what: Literal["train", "generate", "load"] = "train"
-    """train: steps of the training loop; generate: tokens from a model; load: batches from large shards"""
+    """train, generate or load"""
     repeats: int = 10
-    """what is measured is repeated this often, after a warm-up; the median counts"""
+    """measurements, of which the median counts"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     """generate: texts that are written at once"""
     dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
@@ -45,9 +46,9 @@ class BenchConfig(train.TrainConfig):
     new_tokens: int = 128
     """generate: tokens of each text"""
     shards: int = 3
-    """load: shards of 100 million tokens that are made"""
+    """load: shards of 100 million tokens"""
     json: bool = False
-    """print one JSON object instead of a table"""
+    """one JSON object instead of a table"""
 
 
 def main(config: BenchConfig) -> None:

@@ -1,15 +1,18 @@
 """What all commands share: a dataclass becomes the flags, and a user's mistake one line and exit status 2."""
 
+import ast
 import difflib
+import inspect
 import json
 import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, get_origin
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, NamedTuple, get_origin
 
 import jsonargparse
 import yaml
@@ -21,14 +24,31 @@ from gpt.errors import DISK_FULL, UserError
 class CheckpointConfig:
     """Settings of all commands that use a trained model."""
 
+    # The model
     checkpoint: str | None = None
-    """a model_<step>.pt, or GPT-2 weights of Hugging Face, a folder or a name; without it the newest in log_dir"""
+    """a model_<step>.pt, a folder or name of Hugging Face"""
     log_dir: str = "log"
-    """folder of a run, where the newest checkpoint is taken from"""
+    """without checkpoint: the newest of this run"""
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Says what is wrong with the flags in one line, without the usage of forty options before it."""
+    """Says in one line what is wrong with the flags, without forty options before it, and shows these as a table."""
+
+    config_class: type
+    positional: str
+
+    def format_help(self) -> str:
+        word = f" [{self.positional.upper()}]" if self.positional else ""
+        about = (textwrap.fill(paragraph, 80) for paragraph in self.description.split("\n\n"))
+        lines = [f"usage: {self.prog}{word} [--config FILE] [--OPTION VALUE ...]", "", "\n\n".join(about), "",
+                 "  --config FILE         YAML file of settings; flags win over it",
+                 "  --print_config        show all settings as YAML, and leave"]
+        heading = None
+        for option in options(self.config_class):
+            if option.heading != heading:
+                lines += ["", heading := option.heading]
+            lines.append(f"  --{option.name:<20}{'' if len(option.name) < 20 else ' '}{option.words}{option.default}")
+        return "\n".join(lines) + "\n"
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         message = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(str(message).split()))
@@ -41,6 +61,49 @@ class Parser(jsonargparse.ArgumentParser):
         self.exit(2)
 
 
+class Option(NamedTuple):
+    """A line of --help: the comment above a group of fields, a field's name, its docstring and its default."""
+
+    heading: str
+    name: str
+    words: str
+    default: str
+
+
+def options(config_class: type, values: Any = None, prefix: str = "", heading: str = "Options") -> Iterator[Option]:
+    """The options of a settings dataclass, as its source has them, those of its base classes last.
+
+    values: an instance with the defaults, instead of the class's own. prefix and heading: for a dataclass in another.
+    """
+    there = {each.name: each for each in fields(config_class)}
+    for cls in filter(is_dataclass, config_class.__mro__):
+        field = None
+        for line in inspect.getsource(cls).splitlines():
+            if comment := re.fullmatch(r"    # (.+)", line):
+                heading = comment[1]
+            elif declared := re.match(r"    (\w+): ", line):
+                field = there.pop(declared[1], None)
+            elif field and line.startswith('    """'):
+                default = getattr(values, field.name) if values else field.default
+                if default is MISSING and field.default_factory is not MISSING:
+                    default = field.default_factory()
+                if is_dataclass(default):
+                    yield from options(type(default), default, f"{field.name}.", heading)
+                else:
+                    yield Option(heading, prefix + field.name, ast.literal_eval(line.strip()), shown(default))
+                field = None
+
+
+def shown(default: Any) -> str:
+    """A default as it is typed, in brackets."""
+    if default is MISSING:
+        return " (required)"
+    values = default if isinstance(default, list | tuple) else [default]
+    words = " ".join(json.dumps(value) if isinstance(value, bool) else repr(value) if value in ("", "\n") else
+                     f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return f" [{words}]" if words and default is not None else ""
+
+
 def run(main: Callable[[Any], int | None], config_class: type, positional: str = "") -> None:
     """Parse the command line into `config_class`, call `main` with it, and exit with the status it returns.
 
@@ -48,10 +111,10 @@ def run(main: Callable[[Any], int | None], config_class: type, positional: str =
     positional: a field whose flag may be left out before the first word.
     """
     spec = sys.modules["__main__"].__spec__
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog=f"python -m {spec.name}" if spec else f"python {sys.argv[0]}", allow_abbrev=False,
                     description=(sys.modules["__main__"].__doc__ or "").strip())
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
+    parser.config_class, parser.positional = config_class, positional
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(config_class)
     try:
         try:

@@ -18,10 +18,11 @@ from scripts import command_line
 class HellaSwagConfig(command_line.CheckpointConfig):
     """Settings of scripts.eval_hellaswag; log_dir gets hellaswag.json."""
 
+    # Options
     data: str | None = None
-    """examples in the original format, a .jsonl file; without it Rowan/hellaswag of the hub, validation"""
+    """a .jsonl file of HellaSwag; else the hub's"""
     limit: int = 0
-    """use the first examples only; 0: all"""
+    """examples to use, the first ones; 0: all"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
 

@@ -20,12 +20,13 @@ from scripts import command_line
 class PerplexityConfig(command_line.CheckpointConfig):
     """Settings of scripts.eval_perplexity."""
 
+    # Options
     data: str
-    """a text file, or a folder of shards, whose val split is taken"""
+    """a text file, or a folder with val_*.npy"""
     stride: int = 0
-    """tokens from one window to the next: fewer are slower and give more context; 0: half the model's context"""
+    """tokens between windows; 0: half the context"""
     batch_size: int = 4
-    """windows that go through the model at once"""
+    """windows that the model takes at once"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
 

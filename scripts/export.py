@@ -18,8 +18,9 @@ from scripts import command_line
 class ExportConfig(command_line.CheckpointConfig):
     """Settings of scripts.export."""
 
+    # Options
     out: str
-    """folder to write; it must not be there yet, or be empty"""
+    """folder to write: a new one, or an empty one"""
 
 
 def main(config: ExportConfig) -> None:

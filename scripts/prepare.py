@@ -42,30 +42,31 @@ from scripts import command_line
 class PrepareConfig(TextConfig):
     """Settings of scripts.prepare."""
 
+    # Shards
     val_input: list[str] = field(default_factory=list)
-    """files, folders and patterns for validation; then all of input is for training"""
+    """files for validation; input is for training then"""
     val_split: str | None = None
-    """split of the data set for validation; then all of --split is for training"""
+    """split of the data set for validation"""
     val_tokens: int = 0
-    """keep the first tokens for validation, this many, instead of val_fraction"""
+    """tokens for validation, the first; 0: val_fraction"""
     tokenizer: str = "gpt2"
-    """gpt2, or a folder that scripts.train_tokenizer wrote"""
+    """or a folder that scripts.train_tokenizer wrote"""
     allow_special: bool = False
-    """take <|endoftext|> inside a text as the token, not as text"""
+    """take <|endoftext|> in a text as the token"""
     out: str = "data"
     """folder for the shards"""
     shard_size: int = 100_000_000
     """tokens in a shard"""
     num_workers: int = 0
-    """threads that encode; 0: as many as there are processor cores"""
+    """threads that encode; 0: one for each core"""
     part: int = 0
-    """which of the parts to prepare, from 0"""
+    """the part to prepare, from 0"""
     parts: int = 1
-    """prepare one part of this many, each by a command and perhaps a machine of its own; --merge joins them"""
+    """parts of the work, each a command of its own"""
     merge: bool = False
-    """check that all parts are there and write the one meta.json"""
+    """join all parts, when they are there"""
     check: str | None = None
-    """a folder of shards: look at every token, say what is in it, and do nothing else"""
+    """only look at every token in this folder"""
 
 
 # What has no influence on the files, or only on whether they come to be.

@@ -42,70 +42,89 @@ from scripts import command_line
 class TrainConfig:
     """Settings of a run. The defaults train GPT-2 124M on Shakespeare."""
 
+    # Data and folders
     data_root: str = "shakespeare_data"
     """folder with train_*.npy and val_*.npy"""
     log_dir: str = "log"
-    """folder for checkpoints and metrics; a run found there is continued"""
+    """checkpoints, metrics; a run there is continued"""
     init_from: str = "scratch"
-    """"scratch", or what gives a new run its weights and shape: a model_<step>.pt, a folder or name of Hugging Face"""
-    model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
-    """shape of a new model; block_size 0: seq_len, or as in init_from; vocab_size 0: as the data says"""
+    """or a model_<step>.pt, a folder, a hub name"""
 
+    # Shape of a new model; 0: as seq_len or init_from, as the data
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
+    """the shape"""
+
+    # Batches, and how long to train
     total_batch_size: int = 32768
-    """tokens in a step, over all micro-steps and processes"""
+    """tokens in a step, over all processes"""
     micro_batch_size: int = 16
-    """windows that one process takes at once; lower it if memory runs out"""
+    """windows a process takes at once (memory)"""
     seq_len: int | Literal["auto"] = 256
-    """tokens in a window; auto: 256, or less where a split is short, but at least 32"""
+    """tokens in a window; auto: as short data allows"""
     max_steps: int = 1000
     """updates in the run"""
+    max_tokens: int = 0
+    """instead of max_steps: tokens to train on; 0: off"""
+    max_epochs: float = 0
+    """instead of max_steps: times through the data"""
+    patience: int = 0
+    """validations without a new best, then stop; 0: off"""
+    overfit_one_batch: bool = False
+    """first step's data only: the loss must go to 0"""
     seed: int = 1337
-    """of the weights, the order of the data and dropout"""
+    """of the weights, the order of data and dropout"""
 
+    # Optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices of the blocks, AdamW for the rest"""
+    """adamw, or muon for the blocks' matrices"""
     max_lr: float = 6e-4
-    """highest learning rate, at the end of the warmup"""
+    """learning rate at the end of the warmup"""
     min_lr_ratio: float = 0.1
     """last learning rate, as a share of max_lr"""
     warmup_steps: int = 100
-    """updates over which the learning rate rises"""
+    """updates in which the learning rate rises"""
     weight_decay: float = 0.1
-    """of tensors with two or more dimensions"""
+    """of matrices and embeddings"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """of AdamW"""
+    """decay rates of AdamW's two averages"""
     grad_clip: float = 1.0
-    """longest gradient, as a norm over all parameters; 0: no limit"""
+    """longest gradient, a norm; 0: no limit"""
 
+    # Validation, checkpoints, samples, logs
     eval_every: int = 50
     """steps between validations; 0: none"""
     eval_tokens: int = 131072
-    """tokens of the val split that a validation covers"""
+    """tokens of the val split to validate on"""
     save_every: int = 250
-    """steps between checkpoints; 0: only the first and the last"""
+    """steps between checkpoints; 0: first, last"""
     sample_every: int = 250
-    """steps between samples of text; 0: none"""
+    """steps between sample texts; 0: none"""
     sample_prompts: list[str] = field(default_factory=lambda: ["\n"])
     """beginnings of the sample texts"""
     sample_tokens: int = 100
-    """tokens in a sample"""
+    """tokens in a sample text"""
     hellaswag_every: int = 0
-    """steps between evaluations on HellaSwag; 0: none"""
+    """steps between HellaSwag evaluations; 0: none"""
     hellaswag_data: str | None = None
-    """its examples, a .jsonl file; without it Rowan/hellaswag of the hub, validation"""
+    """its examples, a .jsonl file; else the hub's"""
     hellaswag_limit: int = 0
-    """use its first examples only; 0: all 10,042"""
+    """use the first examples only; 0: all 10,042"""
     log_every: int = 1
-    """steps between lines on the console (metrics.jsonl has every step)"""
+    """steps between lines (metrics.jsonl: every one)"""
+    tensorboard: bool = False
+    """write files for TensorBoard to log_dir"""
+    wandb_project: str | None = None
+    """project of Weights & Biases to log to"""
 
+    # The machine
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
-    """auto: bf16 or, on old ones, fp16 on a CUDA GPU, float32 elsewhere"""
+    """bf16, fp16 or float32; auto: fastest there is"""
     compile: bool | Literal["auto"] = "auto"
     """use torch.compile; auto: on a CUDA GPU"""
     rank_timeout: float = 600
-    """seconds that processes wait for one another before the run ends and names the missing one"""
+    """seconds processes wait for one another"""
 
 
 def main(config: TrainConfig) -> int:
@@ -113,7 +132,7 @@ def main(config: TrainConfig) -> int:
     check(config)
     with (distributed.joined(config.device, config.rank_timeout) as dist,
           only_run_in(config.log_dir) if dist.is_master else contextlib.nullcontext(),
-          contextlib.closing(RunLog(config.log_dir, enabled=dist.is_master)) as log):
+          contextlib.closing(RunLog(config.log_dir, dist.is_master, config.tensorboard, config.wandb_project)) as log):
         return train(config, dist, log, StopSignal(speaks=dist.is_master))
 
 
@@ -136,7 +155,12 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                            seq_len=config.seq_len, vocab_size=vocab_size, rank=dist.rank, world_size=dist.world_size)
     train_loader = DataLoaderLite(split="train", total_batch_size=config.total_batch_size, seed=config.seed,
                                   **loader_settings)
+    if config.overfit_one_batch:
+        config = replace(config, eval_every=0)  # whether it learns that batch is all one wants to know
     val_loader = DataLoaderLite(split="val", **loader_settings) if config.eval_every else None
+    epoch_tokens = train_loader.n_windows * config.seq_len
+    if tokens := config.max_tokens or config.max_epochs * epoch_tokens:
+        config = replace(config, max_steps=math.ceil(tokens / config.total_batch_size))
     log.print(f"found {len(train_loader.shards)} shards for split train")
     log.print(f"using device: {device}")
     if config.sample_every and not encoding:
@@ -196,28 +220,32 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             file.write(yaml.safe_dump(settings, sort_keys=False).encode())
     bytes_of = torch.from_numpy(token_bytes(encoding, model.config.vocab_size) if encoding else
                                 np.zeros(model.config.vocab_size, dtype=np.int64)).to(device)
-    best_loss = log.start(step, config.max_steps, evaluated=step == done_step)
+    best_loss, waited = dist.all_gather(torch.tensor(log.start(step, settings, evaluated=step == done_step),
+                                                     dtype=torch.float64))[0]  # as rank 0 has it
     stopping = False
     while True:
         # Between two updates: evaluate, sample, save. The first checkpoint comes before the first update, so that a
         # folder that cannot take it is found out now and not after an hour.
-        finished = step == config.max_steps
+        finished = step == config.max_steps or 0 < config.patience <= waited
         evaluating, sampling, choosing = (
             due(every, step, config.max_steps) and (finished or not stopping)
             for every in (config.eval_every, config.sample_every, config.hellaswag_every))
         if step != done_step:
-            val_loss = accuracy = None
+            val_loss, accuracy, improved = None, None, False
             if evaluating:
-                val_loss, bits_per_byte = evaluate(model, val_loader.eval_batches(config.eval_tokens), autocast, dist,
-                                                   bytes_of)
+                windows = log.progress("validation", val_loader.eval_windows(config.eval_tokens))
+                val_loss, bits_per_byte = evaluate(model, map(val_loader.read, windows), autocast, dist, bytes_of)
                 check_finite(f"step {step}: validation loss {val_loss}", val_loss, config, last_saved)
                 log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
+                improved = val_loss < best_loss
+                best_loss, waited = (val_loss, 0) if improved else (best_loss, waited + 1)
+                finished = finished or 0 < config.patience <= waited
             if sampling and encoding and dist.is_master:
-                for text in complete(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
-                                     top_k=200, seed=config.seed):
-                    log.print(f"--- sample at step {step} ---\n{text.strip()}\n---")
+                log.samples(step=step, texts=complete(model, encoding, config.sample_prompts, config.sample_tokens,
+                                                      temperature=0.8, top_k=200, seed=config.seed))
             if choosing:
-                accuracy = hellaswag.evaluate(model, encoding, examples, dist, stopped=lambda: stop.signum > 0)
+                accuracy = hellaswag.evaluate(model, encoding, examples, dist, show_bar=log.bar is not None,
+                                              stopped=lambda: stop.signum > 0)
                 if accuracy:
                     log.hellaswag(step=step, **accuracy)
             if evaluating or sampling or choosing:
@@ -233,9 +261,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                 about = dict(step=step, val_loss=val_loss, hellaswag=accuracy, tokenizer=tokenizer,
                              train_config=settings, train_windows=train_loader.n_windows)
                 try:
-                    if val_loss is not None and val_loss < best_loss:
+                    if improved:
                         checkpoint.save_model(log_dir / "model_best.pt", model, **about)
-                        best_loss = val_loss
                     if saving:
                         log.sync()
                         last_saved = checkpoint.save(log_dir, model, optimizers, scaler, **about)
@@ -248,6 +275,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         if finished or stopping:
             dist.barrier()  # where one process leaves, torchrun ends the others: not before the save is done
         if finished:
+            if step < config.max_steps:
+                log.print(f"finished at step {step} of {config.max_steps}: no better loss than {best_loss:.4f} in "
+                          f"{waited:.0f} validations; raise --patience, or pass 0, to go on")
             return 0
         if stopping:
             log.print(f"stopped at step {step} of {config.max_steps}; the same command goes on from there")
@@ -256,6 +286,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         # One update.
         began = time.perf_counter()
         mean_loss = torch.zeros((), device=device)
+        if config.overfit_one_batch:
+            train_loader.micro_batch = 0
         for micro_step in range(train_loader.grad_accum_steps):
             x, y = train_loader.next_batch()  # each (B, T)
             if model.config.dropout:
@@ -295,7 +327,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             check_finite(f"step {step}: gradient norm {grad_norm}", grad_norm, config, last_saved)
         log.step(step=step, loss=train_loss, lr=lr, grad_norm=grad_norm, seconds=seconds,
                  mfu=step_flops / seconds / flops_per_s, batch_tokens=config.total_batch_size,
+                 epoch=(step + 1) * config.total_batch_size / epoch_tokens,
                  line=step % config.log_every == 0 or step + 1 == config.max_steps)
+        log.warn(vocab_size, config.warmup_steps)
         hours = seconds * (config.max_steps - step - 1) / 3600
         if step == first_step and device.type == "cpu" and hours > 1:
             log.print(f"at {seconds:.2g} s a step this run takes about {hours:.0f} hours on this CPU; a small model "
@@ -306,13 +340,18 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for a number that cannot be meant and for a log_dir that cannot be written to."""
-    for name in ("max_steps", "seed", "warmup_steps", "weight_decay", "grad_clip", "min_lr_ratio", "eval_every",
-                 "save_every", "sample_every", "hellaswag_every", "hellaswag_limit"):
+    for name in ("max_steps", "max_tokens", "max_epochs", "patience", "seed", "warmup_steps", "weight_decay",
+                 "grad_clip", "min_lr_ratio", "eval_every", "save_every", "sample_every", "hellaswag_every",
+                 "hellaswag_limit"):
         if not 0 <= getattr(config, name) < 2**63:
             raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")
     for name in ("max_lr", "eval_tokens", "sample_tokens", "log_every", "rank_timeout"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"{name} is {getattr(config, name)}: it must be more than 0, and finite")
+    if config.max_tokens and config.max_epochs:
+        raise UserError("max_tokens and max_epochs both say how long to train: pass one of them")
+    if config.patience and not config.eval_every:
+        raise UserError(f"patience is {config.patience}, but eval_every is 0: there are no validations to wait for")
     if config.min_lr_ratio > 1:
         raise UserError(f"min_lr_ratio is {config.min_lr_ratio}: it must be at most 1, where the learning rate stays")
     if not all(0 <= beta < 1 for beta in config.betas):

@@ -23,12 +23,13 @@ class TokenizerConfig(TextConfig):
     """Settings of scripts.train_tokenizer. With the text settings of scripts.prepare it sees only what is for training
     there: pass --val_fraction 0 if validation has an input of its own."""
 
+    # Tokenizer
     out: str
-    """folder to write: tokenizer.tiktoken and settings.json"""
+    """folder to write"""
     vocab_size: int = 4096
-    """tokens, with the 256 bytes and <|endoftext|>"""
+    """tokens, 256 bytes and <|endoftext|> included"""
     max_bytes: int = 1_000_000_000
-    """stop reading after about this many bytes of text"""
+    """bytes of text to learn from, at most"""
 
 
 def main(config: TokenizerConfig) -> None:

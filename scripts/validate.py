@@ -21,7 +21,7 @@ class ValidateConfig:
     """Settings of scripts.validate."""
 
     model: str
-    """name on the Hugging Face hub, a folder, or one of our model_<step>.pt"""
+    """a model_<step>.pt, a folder or a hub name"""
     prompt: str = "Hello world"
     """text that both models read and continue"""
     max_new_tokens: int = 20

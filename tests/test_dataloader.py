@@ -112,7 +112,7 @@ def test_validation_covers_the_first_tokens_once(tmp_path):
             seen = []
             for rank in range(world_size):
                 val = loader(tmp_path, split="val", micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
-                for batch in val.eval_batches(eval_tokens):
+                for batch in map(val.read, val.eval_windows(eval_tokens)):
                     seen += starts(batch)
             assert sorted(seen) == first[:count]
 

@@ -43,10 +43,10 @@ def test_what_a_run_prints_and_leaves(finished):
     assert printed.count("--- sample at step") == 2
     assert sorted(p.name for p in log_dir.iterdir()) == [
         "config.yaml", "metrics.jsonl", "model_00000.pt", "model_00010.pt", "model_00020.pt", "model_best.pt",
-        "optim_00010.pt", "optim_00020.pt"]
+        "optim_00010.pt", "optim_00020.pt", "samples.txt"]
     train_records, val = metrics(log_dir, "train"), metrics(log_dir, "val")
     assert list(train_records) == list(range(20)) and list(val) == [5, 10, 15, 20]
-    assert train_records[19].keys() == {"step", "split", "loss", "lr", "grad_norm", "tokens"}
+    assert train_records[19].keys() == {"step", "split", "loss", "lr", "grad_norm", "tokens", "epoch"}
     assert train_records[19]["tokens"] == 20 * 256
     assert val[20]["loss"] < train_records[0]["loss"] - 1  # it learns
     assert val[20]["perplexity"] == pytest.approx(math.exp(val[20]["loss"]))
@@ -276,7 +276,7 @@ def test_the_bar_on_a_terminal(data_root, tmp_path):
     subprocess.run([*words, tmp_path / "terminal"], cwd=ROOT, env=environment(), check=True, stdout=follower,
                    stderr=follower)
     shown = os.read(leader, 1 << 16).decode()
-    assert re.search(r"3/3 \[.*loss \d+\.\d+, [\d,]+ tokens/s", shown)
+    assert re.search(r"3/3 \[.*loss \d+\.\d+, val \d+\.\d+, [\d,]+ tokens/s", shown)
     assert re.search(r"\rval loss \d+\.\d+ \| step: 2", shown) and "step 1 |" not in shown
     plain = subprocess.run([*words, tmp_path / "plain"], cwd=ROOT, env=environment(), check=True, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
