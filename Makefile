@@ -8,13 +8,15 @@ RUN := $(VENV)/bin/python
 
 # What `make train` runs: the guide's defaults where there is a CUDA GPU, a small model elsewhere.
 CONFIG ?= $(shell $(RUN) -c "import torch; print('' if torch.cuda.is_available() else 'configs/laptop.yaml')" 2>/dev/null)
+LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG) /dev/null),log)
 
 .PHONY: train test test-slow lint
 
 train: $(VENV)/ready
 	$(RUN) prepare_shakespeare.py
 	$(RUN) -m scripts.train $(addprefix --config ,$(CONFIG))
-	$(RUN) -m scripts.generate --prompt "ROMEO:"
+	$(RUN) -m scripts.generate --log_dir $(LOG) --prompt "ROMEO:"
+	$(RUN) -m scripts.plot $(LOG)
 
 test: $(VENV)/ready-dev
 	$(RUN) -m pytest
@@ -24,6 +26,7 @@ test-slow: $(VENV)/ready-dev
 
 lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \

@@ -86,7 +86,7 @@ def main(config: PrepareConfig) -> None:
     write_data(out, "gpt2", splits, source)
 
     # The same text once more for small models, cut at the same place, with a tokenizer learned from its train part.
-    texts = {split: get_tokenizer().decode(part, errors="ignore") for split, part in splits.items()}
+    texts = {split: get_tokenizer().decode(part.tolist(), errors="ignore") for split, part in splits.items()}
     table = train_tokenizer([texts["train"]], SMALL_VOCABULARY)
     write_data(small, table, {split: get_tokenizer(table).encode_to_numpy(part, disallowed_special=())
                               for split, part in texts.items()}, source)

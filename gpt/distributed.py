@@ -38,7 +38,7 @@ class Distributed:
         table[self.rank] = values
         torch.distributed.all_reduce(table)  # each row is zero on all ranks but one
         rows = table.tolist()
-        self.roll_call.progress()
+        self.progress()
         return rows
 
     def any(self, flag: bool) -> bool:
@@ -62,7 +62,7 @@ class Distributed:
             return
         everyone: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(everyone, (alike, mine))
-        self.roll_call.progress()
+        self.progress()
         first: dict[str, int] = {}
         for rank, (kind, theirs) in enumerate(everyone):
             other = first.setdefault(kind, rank)

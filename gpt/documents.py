@@ -202,7 +202,8 @@ def read_batches(sources: list[Source], config: TextConfig, part: int = 0, parts
     """
     at = {"file": 0, "piece": 0, "document": -1, "split": "train", "mine": True, **(begin or {})}
     total, before = sum(source.size for source in sources) or 1, 0
-    pieces, characters = {"train": [], "val": []}, 0
+    pieces: dict[str, list[Piece]] = {"train": [], "val": []}
+    characters = 0
     for number, source in enumerate(sources):
         before += source.size
         if number < at["file"]:
@@ -378,7 +379,7 @@ def json_rows(file: BinaryIO, path: str, config: TextConfig) -> Iterator[str]:
         line += text.count("\n", 0, at)  # lines before `text`
         text, at = text[at:] + block, 0
         while True:
-            at = BETWEEN_OBJECTS.match(text, at).end()
+            at += len(BETWEEN_OBJECTS.match(text, at)[0])  # type: ignore[index]  # it matches nothing, too
             try:
                 value, end = decode(text, at)
             except (ValueError, RecursionError) as error:

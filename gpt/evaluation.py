@@ -35,8 +35,8 @@ def evaluate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     # Sums in float64 on the CPU; a rank with no batch at all adds nothing.
     means = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
     tokens = torch.tensor(counts, dtype=torch.float64)
-    n_bytes = torch.stack(sizes).sum().cpu().double() if sizes else torch.zeros((), dtype=torch.float64)
-    nats, n_tokens, n_bytes = map(sum, zip(*dist.all_gather(torch.stack([means @ tokens, tokens.sum(), n_bytes])),
+    mine = torch.stack(sizes).sum().cpu().double() if sizes else torch.zeros((), dtype=torch.float64)
+    nats, n_tokens, n_bytes = map(sum, zip(*dist.all_gather(torch.stack([means @ tokens, tokens.sum(), mine])),
                                            strict=True))
     return nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else None
 

@@ -33,10 +33,10 @@ def stream(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max_new_
             raise UserError(f"prompt {prompt!r} has token {max(row)}: the model knows {model.config.vocab_size} tokens")
     yield prompts
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
-    silent = {None, encoding.eot_token, *range(encoding.n_vocab, model.config.vocab_size)}  # some models are padded
+    silent = {encoding.eot_token, *range(encoding.n_vocab, model.config.vocab_size)}  # some models are padded
     for tokens in generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
                            stop_token=encoding.eot_token):
-        yield [decoder.decode(b"" if token in silent else encoding.decode_single_token_bytes(token))
+        yield [decoder.decode(b"" if token is None or token in silent else encoding.decode_single_token_bytes(token))
                for decoder, token in zip(decoders, tokens, strict=True)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]  # half of a character
 
@@ -88,6 +88,7 @@ class KVCache:
         c = model.config
         self.kv = model.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, length, c.n_embd // c.n_head)
         self.lengths = [0] * B  # tokens of each text that are here
+        self.new: tuple = ()  # where in (B, n_head, length) those belong that are being read
 
     def read(self, model: GPT, idx: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """The final activations of tokens `idx` (B, T): the texts so far, or then one more of each; (B, T, n_embd).

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Sized
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class RunLog:
             except OSError:  # a full disk, a terminal that is gone: a lost line must not end the run
                 pass
 
-    def progress(self, what: str, items: Sized) -> Any:
+    def progress(self, what: str, items: list) -> Iterable:
         """The items, with a bar of their own below that of the run while one goes through them."""
         return tqdm(items, desc=what, leave=False, dynamic_ncols=True) if self.bar is not None else items
 

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -173,7 +174,7 @@ def find_tokenizer(folder: Path, config: GPTConfig) -> str | None:
     path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()), None)
     if path is None:
         return "gpt2" if config.vocab_size == get_tokenizer().n_vocab else None
-    theirs = read_json(path, "a tokenizer's vocabulary")
+    theirs: Any = read_json(path, "a tokenizer's vocabulary")
     if path.name == "tokenizer.json":
         theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
     own = [read_table(folder)] if (folder / "tokenizer.tiktoken").is_file() else []  # beside what other tools read
@@ -206,7 +207,8 @@ def save(checkpoint: dict, folder: Path) -> None:
         if encoding:
             from transformers import GPT2Tokenizer  # seconds
 
-            tokenizer = GPT2Tokenizer(vocabulary(encoding), merges(encoding), model_max_length=config["block_size"])
+            tokenizer = GPT2Tokenizer(vocabulary(encoding), merges(encoding),  # type: ignore[arg-type]  # its hints lag
+                                      model_max_length=config["block_size"])
             tokenizer.save_pretrained(folder)
             if encoding.name != "gpt2":
                 (folder / "tokenizer.tiktoken").write_text(checkpoint["tokenizer"])

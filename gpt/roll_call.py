@@ -38,7 +38,8 @@ class RollCall:
         self.answering = threading.Lock()
         # Signals are seen here even while the main thread is deep in a collective and cannot handle them.
         self.signals, writable = os.pipe()
-        os.set_blocking(self.signals, False), os.set_blocking(writable, False)
+        os.set_blocking(self.signals, False)
+        os.set_blocking(writable, False)
         signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
         self.over = False
         self.progress()

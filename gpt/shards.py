@@ -65,18 +65,17 @@ class ShardWriter:
         """Append tokens (1-D). Raises OSError where they cannot be written, to a full disk for one."""
         while len(tokens):
             with self.naming():
-                self.open()
-                room = self.shard_size - self.unfinished
-                self.file.write(np.ascontiguousarray(tokens[:room], dtype=self.dtype).data)
+                file, room = self.open(), self.shard_size - self.unfinished
+                file.write(np.ascontiguousarray(tokens[:room], dtype=self.dtype).data)
             self.unfinished += len(tokens[:room])
             tokens = tokens[room:]
             if self.unfinished == self.shard_size:
                 self.close()
 
-    def open(self) -> None:
-        """Make sure that `file` is the unfinished shard, at its end."""
+    def open(self) -> BinaryIO:
+        """The unfinished shard, at its end."""
         if self.file:
-            return
+            return self.file
         part, path = self.paths()
         if self.unfinished and not part.exists() and path.exists():  # completed after the position was noted
             os.replace(path, part)
@@ -86,6 +85,7 @@ class ShardWriter:
         self.file = part.open("r+b" if self.unfinished else "w+b")
         self.file.truncate(size)
         self.file.seek(size)
+        return self.file
 
     def sync(self) -> None:
         """Force what was written to disk."""
@@ -98,14 +98,14 @@ class ShardWriter:
         """Complete the unfinished shard, if there is one."""
         if not self.unfinished:
             return
-        self.open()
+        file = self.open()
         part, path = self.paths()
         with self.naming():
-            self.file.seek(0)
-            np.lib.format.write_array_header_1_0(self.file, {
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, {
                 "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.unfinished,)})
             self.sync()
-            self.file.close()
+            file.close()
             os.replace(part, path)
         self.file, self.shards, self.unfinished = None, self.shards + 1, 0
 
@@ -208,7 +208,7 @@ def auto_seq_len(data_root: str | Path, splits: Iterable[str]) -> int:
     """The longest seq_len up to 256 of which each split has a window. Raises UserError where not even 32 fits."""
     lengths = {path: len(open_shard(path)) for split in splits
                for path in [max(find_shards(data_root, split), key=lambda path: len(open_shard(path)))]}
-    shortest = min(lengths, key=lengths.get)
+    shortest = min(lengths, key=lambda path: lengths[path])
     if not (fits := fitting_seq_len(lengths[shortest])):
         raise UserError(f"shard {shortest} has {lengths[shortest]} tokens: a window of 32, the shortest that --seq_len "
                         f"auto takes, needs 33; prepare more text")

@@ -82,7 +82,7 @@ def bench_train(config: BenchConfig, vocab_size: int, device: torch.device, fold
     rate = matmul_rate(device, dtype)
     tokens = np.random.default_rng(0).integers(vocab_size, size=config.total_batch_size * 2 + 1)
     write_shard(folder, "train", 0, tokens.astype(token_dtype(vocab_size)))
-    warmup = 3
+    warmup, seq_len = 3, int(config.seq_len)
     run = {each.name: getattr(config, each.name) for each in fields(train.TrainConfig)} | dict(
         model=replace(config.model, vocab_size=vocab_size), data_root=str(folder), log_dir=str(folder / "log"),
         max_steps=warmup + config.repeats, eval_every=0, save_every=0, sample_every=0, hellaswag_every=0)
@@ -91,11 +91,11 @@ def bench_train(config: BenchConfig, vocab_size: int, device: torch.device, fold
     rates = [record["tokens_per_s"] for record in read_metrics(folder / "log" / "metrics.jsonl")][warmup:]
     model = torch.load(next((folder / "log").glob("model_*.pt")))
     n = sum(tensor.numel() for tensor in model["model"].values())
-    flops = flops_per_token(GPTConfig(**model["config"]), n, config.seq_len)
+    flops = flops_per_token(GPTConfig(**model["config"]), n, seq_len)
     rate = max(rate, matmul_rate(device, dtype))  # of before and after: others may use this machine
     tokens_per_s = statistics.median(rates)
     return [{"parameters": n, "precision": str(dtype).removeprefix("torch."), "optimizer": config.optimizer,
-             "batch": f"{config.total_batch_size // config.micro_batch_size // config.seq_len} x "
+             "batch": f"{config.total_batch_size // config.micro_batch_size // seq_len} x "
                       f"{config.micro_batch_size} x {config.seq_len}", "vocab_size": vocab_size,
              "ms_per_step": 1e3 * config.total_batch_size / tokens_per_s, "tokens_per_s": tokens_per_s,
              "mfu": flops * tokens_per_s / rate, "gflop_per_token": flops / 1e9, "matmul_tflop_per_s": rate / 1e12}]
@@ -135,7 +135,7 @@ def bench_load(config: BenchConfig, vocab_size: int, device: torch.device, folde
     before, starts, seconds = resident(), [], []
     for _ in range(config.repeats):
         began = time.perf_counter()
-        loader = DataLoaderLite(folder, "train", micro_batch_size=config.micro_batch_size, seq_len=config.seq_len,
+        loader = DataLoaderLite(folder, "train", micro_batch_size=config.micro_batch_size, seq_len=int(config.seq_len),
                                 vocab_size=vocab_size, total_batch_size=config.total_batch_size, device=device)
         starts.append(time.perf_counter() - began)
     for _ in range(100 * config.repeats):

@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, NamedTuple, get_origin
+from typing import Any, NamedTuple, NoReturn, get_origin
 
 import jsonargparse
 import yaml
@@ -37,9 +37,9 @@ class Parser(jsonargparse.ArgumentParser):
     config_class: type
     positional: str
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: Any = None) -> str:
         word = f" [{self.positional.upper()}]" if self.positional else ""
-        about = (textwrap.fill(paragraph, 80) for paragraph in self.description.split("\n\n"))
+        about = (textwrap.fill(paragraph, 80) for paragraph in (self.description or "").split("\n\n"))
         lines = [f"usage: {self.prog}{word} [--config FILE] [--OPTION VALUE ...]", "", "\n\n".join(about), "",
                  "  --config FILE         YAML file of settings; flags win over it",
                  "  --print_config        show all settings as YAML, and leave"]
@@ -50,7 +50,7 @@ class Parser(jsonargparse.ArgumentParser):
             lines.append(f"  --{option.name:<20}{'' if len(option.name) < 20 else ' '}{option.words}{option.default}")
         return "\n".join(lines) + "\n"
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(str(message).split()))
         message = re.sub(r"<class '(\w+)'>", r"\1", message)
         if "unrecognized arguments" in message:
@@ -58,7 +58,7 @@ class Parser(jsonargparse.ArgumentParser):
             near = difflib.get_close_matches(flag[0], self._option_string_actions, 1) if flag else []
             message += f"; did you mean {near[0]}?" if near else ""
         say(f"{message} (--help lists all options)")
-        self.exit(2)
+        sys.exit(2)
 
 
 class Option(NamedTuple):
@@ -121,7 +121,7 @@ def run(main: Callable[[Any], int | None], config_class: type, positional: str =
             words = sys.argv[1:]
             if positional and words and not words[0].startswith("-"):
                 words.insert(0, f"--{positional}")
-            arguments = parser.parse_args([*with_values(config_first(words), config_class)])
+            arguments = parser.parse_args([*with_values(config_first(words), config_class, f"--{positional}")])
         except UnicodeDecodeError:
             parser.error("--config: not a text file")
         settings = vars(parser.instantiate(arguments))
@@ -162,15 +162,17 @@ def discard_output() -> None:
 
 def config_first(words: list[str]) -> list[str]:
     """The command line with `--config FILE` moved to the front: jsonargparse lets later settings win."""
-    files, flags = [], []
+    files: list[str] = []
+    flags: list[str] = []
     for i, word in enumerate(words):
         is_config = word == "--config" or word.startswith("--config=") or (i > 0 and words[i - 1] == "--config")
         (files if is_config else flags).append(word)
     return files + flags
 
 
-def with_values(words: list[str], config_class: type) -> Iterator[str]:
-    """The command line as jsonargparse takes it: `--input a b` becomes a JSON list, `--merge` alone `--merge true`."""
+def with_values(words: list[str], config_class: type, positional: str) -> Iterator[str]:
+    """The command line as jsonargparse takes it: `--input a b` becomes a JSON list, `--merge` alone `--merge true`, and
+    words that follow the value of another flag belong to `positional` if that is a list."""
     kinds = {f"--{each.name}": each.type for each in fields(config_class)}
     groups: list[list[str]] = []
     for word in words:
@@ -189,6 +191,9 @@ def with_values(words: list[str], config_class: type) -> Iterator[str]:
         elif kinds.get(flag) is bool and not values:
             yield from (flag, "true")
         else:
+            if len(values) > 1 and get_origin(kinds.get(positional)) is list:
+                lists.setdefault(positional, []).extend(values[1:])
+                values = values[:1]
             yield from (flag, *values)
     for flag, values in lists.items():
         yield from (flag, json.dumps(values))

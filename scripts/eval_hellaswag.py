@@ -37,7 +37,7 @@ def main(config: HellaSwagConfig) -> None:
         path = Path(config.log_dir) / "hellaswag.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # it fails now, or not at all
         result = hellaswag.evaluate(model, encoding, examples, dist, show_bar=True)
-        if dist.is_master:
+        if dist.is_master and result:
             print(f"{result['examples']} examples | acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
                   f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {path}")
             about = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation"}

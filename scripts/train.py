@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if not __package__:  # run as `torchrun scripts/train.py`: imports start at the repository's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -151,14 +151,16 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     if encoding and vocab_size > encoding.n_vocab:
         raise UserError(f"model.vocab_size {vocab_size} is more than the {encoding.n_vocab} tokens of {encoding.name}: "
                         f"leave it out, the vocabulary is never padded")
-    loader_settings = dict(data_root=config.data_root, micro_batch_size=config.micro_batch_size, device=device,
-                           seq_len=config.seq_len, vocab_size=vocab_size, rank=dist.rank, world_size=dist.world_size)
+    seq_len = int(config.seq_len)
+    loader_settings: dict[str, Any] = dict(
+        data_root=config.data_root, micro_batch_size=config.micro_batch_size, seq_len=seq_len, vocab_size=vocab_size,
+        device=device, rank=dist.rank, world_size=dist.world_size)
     train_loader = DataLoaderLite(split="train", total_batch_size=config.total_batch_size, seed=config.seed,
                                   **loader_settings)
     if config.overfit_one_batch:
         config = replace(config, eval_every=0)  # whether it learns that batch is all one wants to know
     val_loader = DataLoaderLite(split="val", **loader_settings) if config.eval_every else None
-    epoch_tokens = train_loader.n_windows * config.seq_len
+    epoch_tokens = train_loader.n_windows * seq_len
     if tokens := config.max_tokens or config.max_epochs * epoch_tokens:
         config = replace(config, max_steps=math.ceil(tokens / config.total_batch_size))
     log.print(f"found {len(train_loader.shards)} shards for split train")
@@ -187,7 +189,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     model.to(device)
     if device.type == "cpu":
         keep_freed_memory()
-    trained = torch.compile(model) if distributed.select_compile(config.compile, device) else model
+    trained: Any = torch.compile(model) if distributed.select_compile(config.compile, device) else model
     if dist.world_size > 1:
         trained = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
     dtype = distributed.select_precision(config.precision, device)
@@ -203,10 +205,10 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
               f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
               + (f" on each of {dist.world_size} processes" if dist.world_size > 1 else ""))
     # For the log: what a step computes, and how much the device could compute in a second.
-    step_flops = flops_per_token(model.config, model.num_parameters(), config.seq_len) * config.total_batch_size
+    step_flops = flops_per_token(model.config, model.num_parameters(), seq_len) * config.total_batch_size
     flops_per_s = matmul_rate(device, dtype) * dist.world_size
     done_step = -1  # the step whose validation and checkpoint are there already
-    if saved:
+    if saved and saved_optim:
         checkpoint.load_optimizers(saved_optim, optimizers, scaler)
         if all(saved.get(result) is not None or not due(every, step, config.max_steps) for result, every in (
                 ("val_loss", config.eval_every), ("hellaswag", config.hellaswag_every))):
@@ -232,7 +234,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             for every in (config.eval_every, config.sample_every, config.hellaswag_every))
         if step != done_step:
             val_loss, accuracy, improved = None, None, False
-            if evaluating:
+            if evaluating and val_loader:
                 windows = log.progress("validation", val_loader.eval_windows(config.eval_tokens))
                 val_loss, bits_per_byte = evaluate(model, map(val_loader.read, windows), autocast, dist, bytes_of)
                 check_finite(f"step {step}: validation loss {val_loss}", val_loss, config, last_saved)
@@ -243,7 +245,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             if sampling and encoding and dist.is_master:
                 log.samples(step=step, texts=complete(model, encoding, config.sample_prompts, config.sample_tokens,
                                                       temperature=0.8, top_k=200, seed=config.seed))
-            if choosing:
+            if choosing and encoding:
                 accuracy = hellaswag.evaluate(model, encoding, examples, dist, show_bar=log.bar is not None,
                                               stopped=lambda: stop.signum > 0)
                 if accuracy:
@@ -375,7 +377,8 @@ def starting_model(config: TrainConfig, vocab_size: int, tokenizer: str | None, 
     if began != config.init_from:
         raise UserError(f"log_dir {config.log_dir!r} holds a run that began with init_from {began}, not with "
                         f"{config.init_from}: pass another --log_dir to begin a new run")
-    wanted = replace(config.model, vocab_size=vocab_size, block_size=config.model.block_size or config.seq_len)
+    seq_len = int(config.seq_len)
+    wanted = replace(config.model, vocab_size=vocab_size, block_size=config.model.block_size or seq_len)
     if saved:
         model = GPT.from_checkpoint(saved, dropout=wanted.dropout)
         there, here = asdict(model.config), asdict(wanted)
@@ -402,8 +405,8 @@ def starting_model(config: TrainConfig, vocab_size: int, tokenizer: str | None, 
     if model.config.vocab_size < vocab_size:
         raise UserError(f"{config.init_from} knows {model.config.vocab_size} tokens, the data in {config.data_root!r} "
                         f"has {vocab_size}: prepare the data with the tokenizer of the checkpoint")
-    if config.seq_len > model.config.block_size:
-        raise UserError(f"seq_len {config.seq_len} is more than block_size {model.config.block_size}, the longest "
+    if seq_len > model.config.block_size:
+        raise UserError(f"seq_len {seq_len} is more than block_size {model.config.block_size}, the longest "
                         f"context of the model: lower --seq_len or raise --model.block_size")
     return model
 

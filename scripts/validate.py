@@ -45,9 +45,10 @@ def main(config: ValidateConfig) -> int:
     from transformers import GenerationConfig, GPT2LMHeadModel, logging  # seconds
 
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         if Path(config.model).is_file():
-            pretrained.save(content, Path(folder))
+            pretrained.save(content, folder)
         else:
             folder = pretrained.find_folder(config.model)
         theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -57,7 +58,7 @@ def main(config: ValidateConfig) -> int:
         idx = torch.tensor([prompt])
         logits, reference = ours(idx)[0], theirs(idx).logits[0]  # each (T, vocab_size)
     difference = (logits - reference).abs().max().item()
-    def text(tokens: list[int]) -> str:
+    def text(tokens: list) -> str:
         return encoding.decode([token for token in tokens if token < encoding.n_vocab])  # some vocabularies are padded
 
     print(f"{config.model}: largest difference of {logits.numel():,} logits: {difference:.2e}")
