@@ -1,13 +1,22 @@
-"""Write text with a trained model: python -m scripts.generate --prompt "Once upon a time" """
+"""Write text with a trained model: python -m scripts.generate --prompt "Once upon a time"
 
-from dataclasses import dataclass
+Without --prompt a terminal asks for one prompt after another; the k-th, from 0, draws with seed + k, so that a session
+can be repeated. Elsewhere, in a pipe say, the prompt is then a newline. <|endoftext|> in a prompt is the token.
+"""
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import tiktoken
 import torch
 
 from gpt.distributed import select_device
 from gpt.errors import UserError
 from gpt.generation import stream
+from gpt.model import GPT
 from scripts import command_line
 
 
@@ -16,35 +25,62 @@ class GenerateConfig(command_line.CheckpointConfig):
     """Settings of scripts.generate."""
 
     prompt: str = "\n"
-    """beginning of the text; <|endoftext|> in it is the token"""
+    """text to continue; a newline: ask on a terminal"""
     max_new_tokens: int = 200
-    """tokens to write, beyond those of the prompt"""
+    """tokens to write after the prompt"""
     num_samples: int = 1
-    """number of texts to write"""
+    """texts to write for a prompt"""
     temperature: float = 0.8
-    """above 1: more surprising, below: safer; 0: always the most likely token"""
+    """0: always the likeliest token; higher: bolder"""
     top_k: int = 200
-    """choose among the k most likely tokens; 0: all"""
+    """draw among the k likeliest tokens; 0: all"""
     top_p: float = 1.0
-    """choose among the most likely tokens that together have this probability"""
+    """total probability of the tokens to draw among"""
     seed: int = 1337
-    """of the draws: the same seed writes the same text"""
+    """the same seed draws the same text"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the weights; bfloat16 has half the size and three digits"""
+    """of the weights; bfloat16: half the memory"""
 
 
 def main(config: GenerateConfig) -> None:
-    """Load a checkpoint and print continuations of the prompt, the first one as it is written; which checkpoint it was
-    goes to standard error."""
+    """Load a checkpoint and continue the prompt; which checkpoint it was goes to standard error."""
     check(config)
     device = select_device(config.device)
     _, model, encoding = command_line.load_model(config, device)
+    model = model.to(getattr(torch, config.dtype))
+    # None for "not given" would not do: on a command line jsonargparse takes `null` and `# Title` for None too
+    asks = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
+    (converse if asks else write)(config, model, encoding)
+
+
+def converse(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
+    """Ask for prompts and continue each, until Ctrl-D; an empty one is a newline."""
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  # gives input() its editing and its history
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a stray byte is not worth the session
+    print("type a prompt, or Enter for none; Ctrl-C stops a text, Ctrl-D leaves", file=sys.stderr)
+    seed = config.seed
+    while True:
+        try:
+            asked = replace(config, prompt=input("> ") or "\n", seed=seed)
+            seed += 1
+            write(asked, model, encoding)
+        except UserError as error:
+            command_line.say(str(error))
+        except KeyboardInterrupt:  # ends the text or the line that it was pressed in
+            print()
+        except EOFError:
+            print()  # the shell's prompt gets a line of its own
+            return
+
+
+def write(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
+    """Print `num_samples` texts that begin with the prompt, the first one as it is written."""
     texts: list[list[str]] = [[] for _ in range(config.num_samples)]
-    for pieces in stream(model.to(getattr(torch, config.dtype)), encoding, [config.prompt] * config.num_samples,
-                         config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                         seed=config.seed):
+    for pieces in stream(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
+                         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed):
         print(pieces[0], end="", flush=True)
         for text, piece in zip(texts, pieces, strict=True):
             text.append(piece)
