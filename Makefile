@@ -13,6 +13,7 @@ LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG) /dev/null),log)
 .PHONY: train test test-slow lint
 
 train: $(VENV)/ready
+	$(eval CONFIG := $(CONFIG))
 	$(RUN) prepare_shakespeare.py
 	$(RUN) -m scripts.train $(addprefix --config ,$(CONFIG))
 	$(RUN) -m scripts.generate --log_dir $(LOG) --prompt "ROMEO:"

@@ -1,23 +1,18 @@
 """A run's log: console lines, a progress bar on a terminal, metrics.jsonl, samples.txt, and TensorBoard or
 Weights & Biases if they are asked for."""
 
-import html
-import importlib
 import json
 import math
 import os
 import re
 import sys
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from gpt.atomic import atomic_write
-from gpt.errors import UserError
+from gpt.dashboards import Dashboards
 from gpt.red_flags import red_flags
 
 
@@ -33,13 +28,11 @@ class RunLog:
         self.path, self.samples_path = self.folder / "metrics.jsonl", self.folder / "samples.txt"
         self.bar: tqdm | None = None
         self.size, self.unwritten = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
-        self.train: list[dict] = []  # all records of the split
-        self.val: list[dict] = []
+        self.train: list[dict] = []  # the newest records of the split
+        self.val: list[dict] = []  # all
         self.warned: set[str] = set()
-        self.wandb_project, self.run = wandb_project, None
-        self.tensorboard = optional("torch.utils.tensorboard", "tensorboard") if enabled and tensorboard else None
-        self.wandb = optional("wandb", "wandb") if enabled and wandb_project else None
-        self.board: Any = None
+        self.dashboards = Dashboards(self.folder, enabled and tensorboard, wandb_project if enabled else None,
+                                     self.print)
 
     def start(self, step: int, settings: dict, evaluated: bool = True) -> tuple[float, int]:
         """Open the log of a run with these settings at `step`.
@@ -56,24 +49,14 @@ class RunLog:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         self.size = self.path.stat().st_size
         if self.samples_path.exists():
-            text = self.samples_path.read_text(errors="replace")
+            text = self.samples_path.read_text(encoding="utf-8", errors="replace")
             later = (match.start() for match in re.finditer(r"^--- sample at step (\d+) ---$", text, re.MULTILINE)
                      if int(match[1]) >= step + evaluated)
-            with atomic_write(self.samples_path) as file:
-                file.write(text[:next(later, None)].encode())
+            if (end := next(later, None)) is not None:
+                with atomic_write(self.samples_path) as file:
+                    file.write(text[:end].encode())
         self.train, self.val = ([r for r in records if r["split"] == split] for split in ("train", "val"))
-        if self.tensorboard:
-            self.board = self.tensorboard.SummaryWriter(self.folder, purge_step=step + evaluated)
-            self.board.add_text("settings", f"```\n{yaml.safe_dump(settings, sort_keys=False)}```", step)
-        if self.wandb:
-            name = self.folder / "wandb_run.txt"  # so that a run that goes on is the same run there
-            if not name.exists():
-                name.write_text(uuid.uuid4().hex)
-            try:
-                self.run = self.wandb.init(project=self.wandb_project, name=self.folder.name, dir=self.folder,
-                                           id=name.read_text().strip(), resume="allow", config=settings)
-            except self.wandb.Error as error:
-                raise UserError(f"wandb_project {self.wandb_project!r}: {error}") from None
+        self.dashboards.start(step, step + evaluated, settings)
         if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
             self.bar = tqdm(total=settings["max_steps"], initial=step, unit="step", dynamic_ncols=True)
         losses = [record["loss"] for record in self.val]
@@ -124,10 +107,7 @@ class RunLog:
                 file.write(shown + "\n\n")
         except OSError as error:
             self.print(f"warning: {self.samples_path} cannot be written ({error.strerror})")
-        if self.board:
-            self.board.add_text("samples", f"```\n{shown}\n```", step)
-        if self.run:
-            self.run.log({"samples": self.wandb.Html(f"<pre>{html.escape(shown)}</pre>")}, step=step)
+        self.dashboards.text("samples", shown, step)
 
     def warn(self, vocab_size: int, warmup_steps: int) -> None:
         """Say what looks wrong (`gpt.red_flags`), each thing once."""
@@ -159,27 +139,23 @@ class RunLog:
             self._write(sync=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands, and finish what others write."""
-        for other, end in ((self.bar, "close"), (self.board, "close"), (self.run, "finish")):
-            if other is not None:
-                getattr(other, end)()
-        self.bar = self.board = self.run = None
+        """Leave the bar as it stands, and let the dashboards finish."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self.dashboards.close()
 
     def _append(self, record: dict) -> None:
         if record["split"] != "hellaswag":
             (self.train if record["split"] == "train" else self.val).append(record)
-        scalars = {f"{record['split']}/{name}": value for name, value in record.items()
-                   if name not in ("step", "split") and value is not None}
-        for name, value in scalars.items() if self.board else ():
-            self.board.add_scalar(name, value, record["step"])
-        if self.run:
-            self.run.log(scalars, step=record["step"])
+            del self.train[:-1000]
         before, self.unwritten = self.unwritten, self.unwritten + json.dumps(record) + "\n"
         try:
             self._write()
         except OSError as error:
             if not before:
                 self.print(f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept for later")
+        self.dashboards.scalars(record)
 
     def _write(self, sync: bool = False) -> None:
         with open(self.path, "ab") as file:  # opened each time: a killed process loses no line
@@ -189,14 +165,6 @@ class RunLog:
             if sync:
                 os.fsync(file.fileno())
             self.size, self.unwritten = file.tell(), ""
-
-
-def optional(module: str, package: str) -> Any:
-    """A module of a package that need not be there. Raises UserError if it is not."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{package} is not installed: pip install {package}") from None
 
 
 def read_metrics(path: str | Path) -> list[dict]:

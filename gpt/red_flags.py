@@ -14,10 +14,12 @@ def red_flags(train: list[dict], val: list[dict], vocab_size: int, warmup_steps:
     """
     found = {}
     mean = fmean(record["loss"] for record in train[-STEPS:]) if train else 0.0
-    if len(train) >= 2 * STEPS and train[-1]["step"] >= warmup_steps and mean > 0.95 * math.log(vocab_size):
+    trained = len(train) >= 2 * STEPS and train[-1]["step"] >= warmup_steps
+    if trained and vocab_size >= 64 and mean > 0.95 * math.log(vocab_size):  # DNA, say, is near ln(4) by nature
         found["flat"] = (
             f"the loss is still {mean:.2f}, and ln({vocab_size}) = {math.log(vocab_size):.2f} is that of no knowledge. "
-            f"It does not learn: raise --max_lr, and see whether --overfit_one_batch true brings the loss to 0")
+            f"It does not learn: raise --max_lr, and see whether --overfit_one_batch true, with another --log_dir, "
+            f"brings the loss to 0")
     norms = [norm for record in train[-STEPS:] if (norm := record.get("grad_norm")) is not None]
     if len(norms) == STEPS and min(norms) > 10:
         found["norm"] = (

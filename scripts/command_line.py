@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import io
 import json
 import os
 import re
@@ -99,8 +100,9 @@ def shown(default: Any) -> str:
     if default is MISSING:
         return " (required)"
     values = default if isinstance(default, list | tuple) else [default]
-    words = " ".join(json.dumps(value) if isinstance(value, bool) else repr(value) if value in ("", "\n") else
-                     f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    texts = (json.dumps(value) if isinstance(value, bool) else repr(value) if value in ("", "\n") else
+             f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    words = (", " if isinstance(default, tuple) else " ").join(texts)
     return f" [{words}]" if words and default is not None else ""
 
 
@@ -110,6 +112,8 @@ def run(main: Callable[[Any], int | None], config_class: type, positional: str =
     Every field is a flag and a key of a `--config` YAML file; flags override the file, whatever their order.
     positional: a field whose flag may be left out before the first word.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that a console lacks must not end a run
     spec = sys.modules["__main__"].__spec__
     parser = Parser(prog=f"python -m {spec.name}" if spec else f"python {sys.argv[0]}", allow_abbrev=False,
                     description=(sys.modules["__main__"].__doc__ or "").strip())
@@ -191,9 +195,10 @@ def with_values(words: list[str], config_class: type, positional: str) -> Iterat
         elif kinds.get(flag) is bool and not values:
             yield from (flag, "true")
         else:
-            if len(values) > 1 and get_origin(kinds.get(positional)) is list:
-                lists.setdefault(positional, []).extend(values[1:])
-                values = values[:1]
+            own = 0 if "=" in flag else 1
+            if len(values) > own and get_origin(kinds.get(positional)) is list:
+                lists.setdefault(positional, []).extend(values[own:])
+                values = values[:own]
             yield from (flag, *values)
     for flag, values in lists.items():
         yield from (flag, json.dumps(values))

@@ -123,7 +123,10 @@ def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 def names(runs: list[Run]) -> list[str]:
     """The runs' folders, as seen from the deepest folder that holds them all."""
     paths = [os.path.abspath(run.folder) for run in runs]
-    return [os.path.relpath(path, os.path.commonpath(map(os.path.dirname, paths))) for path in paths]
+    try:
+        return [os.path.relpath(path, os.path.commonpath([os.path.dirname(each) for each in paths])) for path in paths]
+    except ValueError:  # two drives of Windows
+        return paths
 
 
 def differences(settings: list[dict[str, Any]]) -> list[str]:

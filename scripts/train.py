@@ -162,7 +162,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     val_loader = DataLoaderLite(split="val", **loader_settings) if config.eval_every else None
     epoch_tokens = train_loader.n_windows * seq_len
     if tokens := config.max_tokens or config.max_epochs * epoch_tokens:
-        config = replace(config, max_steps=math.ceil(tokens / config.total_batch_size))
+        config = replace(config, max_steps=math.ceil(tokens / config.total_batch_size), max_tokens=0, max_epochs=0)
     log.print(f"found {len(train_loader.shards)} shards for split train")
     log.print(f"using device: {device}")
     if config.sample_every and not encoding:
@@ -179,8 +179,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     dist.check_same({**asdict(config), "step": step, "train windows": train_loader.n_windows},
                     "start all with the same flags, the same data and one log_dir that all of them see")
     if saved and step >= config.max_steps:
-        log.print(f"{last_saved}: the run is finished, step {step} of {config.max_steps}; raise --max_steps to go on, "
-                  f"or pass another --log_dir")
+        log.print(f"{last_saved}: the run is finished, step {step} of {config.max_steps}; raise --max_steps, or what "
+                  f"stands for it, to go on, or pass another --log_dir")
         return 0
     train_loader.micro_batch = step * train_loader.grad_accum_steps
 
@@ -224,24 +224,25 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                                 np.zeros(model.config.vocab_size, dtype=np.int64)).to(device)
     best_loss, waited = dist.all_gather(torch.tensor(log.start(step, settings, evaluated=step == done_step),
                                                      dtype=torch.float64))[0]  # as rank 0 has it
+    kept_loss = best_loss  # that of model_best.pt
     stopping = False
     while True:
         # Between two updates: evaluate, sample, save. The first checkpoint comes before the first update, so that a
         # folder that cannot take it is found out now and not after an hour.
         finished = step == config.max_steps or 0 < config.patience <= waited
-        evaluating, sampling, choosing = (
-            due(every, step, config.max_steps) and (finished or not stopping)
-            for every in (config.eval_every, config.sample_every, config.hellaswag_every))
+        evaluating = due(config.eval_every, step, config.max_steps) and (finished or not stopping)
         if step != done_step:
-            val_loss, accuracy, improved = None, None, False
+            val_loss = accuracy = None
             if evaluating and val_loader:
                 windows = log.progress("validation", val_loader.eval_windows(config.eval_tokens))
                 val_loss, bits_per_byte = evaluate(model, map(val_loader.read, windows), autocast, dist, bytes_of)
                 check_finite(f"step {step}: validation loss {val_loss}", val_loss, config, last_saved)
                 log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
-                improved = val_loss < best_loss
-                best_loss, waited = (val_loss, 0) if improved else (best_loss, waited + 1)
+                best_loss, waited = (val_loss, 0) if val_loss < best_loss else (best_loss, waited + 1)
                 finished = finished or 0 < config.patience <= waited
+            last_step = step if finished else config.max_steps
+            sampling, choosing = (due(every, step, last_step) and (finished or not stopping)
+                                  for every in (config.sample_every, config.hellaswag_every))
             if sampling and encoding and dist.is_master:
                 log.samples(step=step, texts=complete(model, encoding, config.sample_prompts, config.sample_tokens,
                                                       temperature=0.8, top_k=200, seed=config.seed))
@@ -263,8 +264,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                 about = dict(step=step, val_loss=val_loss, hellaswag=accuracy, tokenizer=tokenizer,
                              train_config=settings, train_windows=train_loader.n_windows)
                 try:
-                    if improved:
+                    if val_loss is not None and val_loss < kept_loss:
                         checkpoint.save_model(log_dir / "model_best.pt", model, **about)
+                        kept_loss = val_loss
                     if saving:
                         log.sync()
                         last_saved = checkpoint.save(log_dir, model, optimizers, scaler, **about)
@@ -373,7 +375,11 @@ def starting_model(config: TrainConfig, vocab_size: int, tokenizer: str | None, 
 
     Raises UserError where a checkpoint does not fit the settings.
     """
-    began = (saved and saved.get("train_config") or {}).get("init_from", config.init_from)
+    before = saved and saved.get("train_config") or {}
+    began = before.get("init_from", config.init_from)
+    if before.get("overfit_one_batch", config.overfit_one_batch) != config.overfit_one_batch:
+        raise UserError(f"log_dir {config.log_dir!r} holds a run in which overfit_one_batch is "
+                        f"{not config.overfit_one_batch}: pass another --log_dir")
     if began != config.init_from:
         raise UserError(f"log_dir {config.log_dir!r} holds a run that began with init_from {began}, not with "
                         f"{config.init_from}: pass another --log_dir to begin a new run")

@@ -53,6 +53,7 @@ def test_the_help_of_train_groups_its_options():
     for line in ("Optimizer",
                  "  --max_lr              learning rate at the end of the warmup [0.0006]",
                  "  --model.n_layer       blocks [12]",
+                 "  --betas               decay rates of AdamW's two averages [0.9, 0.95]",
                  "  --tensorboard         write files for TensorBoard to log_dir [false]",
                  "  --sample_prompts      beginnings of the sample texts ['\\n']"):
         assert line in lines

@@ -60,9 +60,9 @@ def test_a_run_of_this_repository_is_drawn(byte_data, tmp_path):
 
 
 def test_several_runs_share_one_picture(tmp_path):
-    """Both are drawn and named once, and the folders are words without a flag, before other flags."""
+    """Both are drawn and named once, and the folders are words without a flag, between other flags."""
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", val={5: 4.0, 1000: 3.125})
-    done = plot(a, "--x", "tokens", b, f"{a}/", "--out", tmp_path / "both.png")
+    done = plot(a, "--x", "tokens", b, f"--out={tmp_path}/both.png", f"{a}/")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout == (f"{tmp_path}/both.png | a: best val loss 3.5000 at step 20 | "
                            f"b: best val loss 3.1250 at step 1,000\n")

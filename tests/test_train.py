@@ -195,7 +195,7 @@ def test_a_finished_run_says_so_and_can_go_on(finished, data_root):
     log_dir, _ = finished
     before = {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()}
     done = train(data_root, log_dir, *STEPS)
-    assert "is finished, step 20 of 20; raise --max_steps" in done.stdout
+    assert "is finished, step 20 of 20; raise --max_steps," in done.stdout
     assert {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()} == before
 
 

@@ -1,5 +1,6 @@
 """scripts/train.py, as typed: how long to train, what is kept of it, and where else it is shown."""
 
+import errno
 import math
 import re
 import subprocess
@@ -8,7 +9,8 @@ import pytest
 import yaml
 
 from gpt import checkpoint
-from tests.conftest import ROOT, TINY, assert_refused, command, environment, metrics, run_ranks, train
+from gpt.metrics import RunLog, read_metrics
+from tests.conftest import ROOT, TINY, assert_refused, command, environment, metrics, run, run_ranks, train
 
 
 def test_patience_ends_a_run_that_gets_no_better(byte_data, tmp_path):
@@ -43,7 +45,8 @@ def test_how_long_to_train_in_tokens_and_in_epochs(byte_data, tmp_path):
     assert max(metrics(tmp_path / "epochs", "train")) + 1 == math.ceil(0.1 * 998 * 32 / 256)
     assert metrics(tmp_path / "epochs", "train")[12]["epoch"] == pytest.approx(13 * 256 / (998 * 32), abs=1e-4)
     assert " | epoch: 0.10" in done.stdout
-    assert yaml.safe_load((tmp_path / "epochs" / "config.yaml").read_text())["max_steps"] == 13
+    written = yaml.safe_load((tmp_path / "epochs" / "config.yaml").read_text())
+    assert (written["max_steps"], written["max_epochs"]) == (13, 0)  # --config config.yaml --max_steps 20 goes on
 
 
 def test_overfit_one_batch_learns_the_first_batch_by_heart(byte_data, tmp_path):
@@ -56,6 +59,8 @@ def test_overfit_one_batch_learns_the_first_batch_by_heart(byte_data, tmp_path):
     assert one[0]["loss"] == every[0]["loss"]
     assert one[149]["loss"] < 0.3 < 2 < every[149]["loss"]
     assert not metrics(tmp_path / "one", "val")
+    assert_refused(run("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path / "all", *TINY, *words,
+                       "--overfit_one_batch", "true", "--max_steps", "200"), "overfit_one_batch is False", "--log_dir")
 
 
 def test_samples_are_kept_once(data_root, tmp_path):
@@ -105,4 +110,38 @@ def test_weights_and_biases_goes_on_with_the_same_run(data_root, tmp_path, monke
     done = subprocess.run(command("-m", "scripts.train", "--data_root", str(data_root), "--log_dir",
                                   str(tmp_path / "other"), *TINY, *words), cwd=ROOT, env=environment(),
                           capture_output=True, text=True)
-    assert_refused(done, "wandb is not installed: pip install wandb")
+    assert_refused(done, "wandb is not installed", "pip install wandb")
+
+
+def test_a_dashboard_that_fails_does_not_end_the_run(tmp_path, capsys):
+    """One warning, and metrics.jsonl has every line; texts in any language survive a run that goes on."""
+    log = RunLog(tmp_path, True, tensorboard=True)
+    log.start(0, {"max_steps": 9})
+
+    def full(*words):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log.dashboards.writers["tensorboard"].add_scalar = full
+    for step in range(3):
+        log.step(step=step, loss=1.0, lr=0.1, grad_norm=1.0, seconds=1.0, mfu=0.1, batch_tokens=8, epoch=0.1, line=True)
+    log.samples(step=3, texts=["Ü\ufffd"])
+    log.close()
+    assert capsys.readouterr().out.count("warning: tensorboard has failed") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    before = (tmp_path / "samples.txt").read_bytes()
+    RunLog(tmp_path, True).start(3, {"max_steps": 9})
+    assert (tmp_path / "samples.txt").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_compiled_ranks_train_as_one_plain_process(data_root, tmp_path):
+    """DistributedDataParallel around torch.compile, in bf16: rounding apart, the same losses."""
+    words = ["--max_steps", "3", "--eval_every", "0", "--sample_every", "0", "--precision", "bf16",
+             "--micro_batch_size", "2"]
+    train(data_root, tmp_path / "one", *words)
+    for done in run_ranks(2, "-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path / "two", *TINY,
+                          *words, "--compile", "true"):
+        assert done.returncode == 0, done.stderr
+    one, two = (metrics(tmp_path / name, "train") for name in ("one", "two"))
+    for step in range(3):
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-2)
