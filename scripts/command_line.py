@@ -1,9 +1,9 @@
 """What all commands share: a dataclass becomes the flags, and a user's mistake one line and exit status 2."""
 
 import ast
+import contextlib
 import difflib
 import inspect
-import io
 import json
 import os
 import re
@@ -112,8 +112,8 @@ def run(main: Callable[[Any], int | None], config_class: type, positional: str =
     Every field is a flag and a key of a `--config` YAML file; flags override the file, whatever their order.
     positional: a field whose flag may be left out before the first word.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that a console lacks must not end a run
+    with contextlib.suppress(AttributeError, OSError):  # a character that a console lacks must not end a run
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     spec = sys.modules["__main__"].__spec__
     parser = Parser(prog=f"python -m {spec.name}" if spec else f"python {sys.argv[0]}", allow_abbrev=False,
                     description=(sys.modules["__main__"].__doc__ or "").strip())
