@@ -238,8 +238,9 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     """The mean of the values around each one, (N,): WINDOW of the run, less at its ends. Unlike an exponential average
     it does not lag behind a curve that falls."""
     known = np.isfinite(y)
-    half, i = round(len(y) * WINDOW / 2), np.arange(len(y))
-    first, last = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
+    i = np.arange(len(y))
+    half = np.minimum(round(len(y) * WINDOW / 2), i)  # at the beginning as far ahead as behind: there it falls fast
+    first, last = i - half, np.minimum(i + half + 1, len(y))
     total, count = (np.concatenate([[0], np.cumsum(each)]) for each in (np.where(known, y, 0), known))
     with np.errstate(invalid="ignore"):  # where no value is known, 0 / 0 is not a number
         return (total[last] - total[first]) / (count[last] - count[first])
