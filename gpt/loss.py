@@ -86,12 +86,14 @@ class RowBlocks(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # Tensor cores want rows of logits that begin at multiples of 16 bytes: here, and only here, it is padded.
         padded = F.pad(weight.to(dtype), (0, 0, 0, -V % 64))
-        columns = torch.arange(len(padded), device=x.device)
         loss, grad_x, grad_weight = x.new_zeros(()), [], torch.zeros_like(weight)
         for x_rows, target in zip(x.to(dtype).split(ROW_BLOCK), targets[:, None].split(ROW_BLOCK), strict=True):
-            log_p = F.linear(x_rows, padded).masked_fill_(columns >= V, -torch.inf).log_softmax(1, dtype=torch.float32)
-            loss -= log_p.gather(1, target).sum()
-            p = log_p.exp_().sub_((columns == target).to(dtype)).to(dtype)
+            logits = F.linear(x_rows, padded)  # (rows, len(padded))
+            logits[:, V:] = -torch.inf
+            log_p = logits.log_softmax(1, dtype=torch.float32)
+            log_p_target = log_p.gather(1, target)
+            loss -= log_p_target.sum()
+            p = log_p.exp_().to(dtype).scatter_(1, target, log_p_target.expm1().to(dtype))  # softmax - onehot
             grad_x.append(p @ padded)
             grad_weight += (p.T @ x_rows)[:V]
         ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_weight)

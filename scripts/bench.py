@@ -71,7 +71,8 @@ def main(config: BenchConfig) -> None:
         return
     print(f"{config.what} on {device_name(device)}, torch {torch.__version__}, peak memory {peak_mb:,} MB")
     for key in rows[0]:
-        cells = (f"{value:,.4g}" if isinstance(value := row[key], float) else f"{value:,}" if isinstance(value, int)
+        cells = (f"{value:,.0f}" if isinstance(value := row[key], float) and value >= 1000 else
+                 f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int)
                  else value for row in rows)
         print(f"{key.replace('_', ' '):<22}" + "".join(f"{cell:>14}" for cell in cells))
 
