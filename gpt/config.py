@@ -25,7 +25,7 @@ class GPTConfig:
     dropout: float = 0.0
     """share of activations zeroed in training"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -64,7 +64,7 @@ class TextConfig:
     errors: Literal["strict", "replace"] = "strict"
     """not UTF-8: strict stops, replace goes on"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction is {self.val_fraction}: it must be at least 0 and below 1")
         if self.document_separator:
@@ -175,10 +175,10 @@ class naming:
     def __init__(self, path: str):
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> "naming":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if isinstance(error, UserError) or not isinstance(error, Exception):
             return
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
@@ -317,7 +317,8 @@ def cut_documents(blocks: Iterable[str], separator: str | None) -> Iterator[Piec
     yield from cut_pieces(rest, starts, separator, ended=True)
 
 
-def cut_pieces(text: str, starts: bool, separator: str | None, ended: bool):
+def cut_pieces(text: str, starts: bool, separator: str | None,
+               ended: bool) -> Generator[Piece, None, tuple[str, bool]]:
     """Yield the pieces of a document or of what is known of it; returns the rest of it, and whether that starts it."""
     if ended and separator:
         text = text.rstrip("\r\n")

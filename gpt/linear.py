@@ -8,6 +8,7 @@ What is not float32 on a CPU goes to `F.linear`.
 import contextlib
 import ctypes
 import platform
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -36,14 +37,14 @@ class OneDNNLinear(torch.autograd.Function):
     """`product` with gradients, which are products too."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return product(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)  # (N, out)
         return (product(grad, weight.T), product(rows.T, x.flatten(0, -2).T), rows.sum(0) if ctx.has_bias else None)

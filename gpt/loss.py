@@ -1,5 +1,7 @@
 """Cross-entropy through the LM head without ever holding all logits."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -52,7 +54,7 @@ class ColumnBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         N = len(x)
         log_total = log_sum_exp(x, weight)  # (N,)
         grad_x, grad_weight, x_over_n = torch.zeros_like(x.T), torch.empty_like(weight), x / N  # grad_x: (C, N)
@@ -69,7 +71,7 @@ class ColumnBlocks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad_output, grad_weight * grad_output, None
 
@@ -81,7 +83,7 @@ class RowBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         kind, V = x.device.type, len(weight)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # Tensor cores want rows of logits that begin at multiples of 16 bytes: here, and only here, it is padded.
@@ -101,7 +103,7 @@ class RowBlocks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         share = grad_output / len(grad_x)  # not in the products: 1 / N is too small for fp16
         return grad_x * share, grad_weight * share, None

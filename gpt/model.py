@@ -79,7 +79,7 @@ class WithoutInit(TorchFunctionMode):
     """Inside, `torch.nn.init` does nothing. On meta tensors its normal_ would load 900 modules of PyTorch's compiler
     first: 1.5 s and 150 MB."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 

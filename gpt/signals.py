@@ -24,7 +24,7 @@ class StopSignal:
         for signum in self.handled:
             signal.signal(signum, self)
 
-    def __call__(self, signum: int, frame) -> None:
+    def __call__(self, signum: int, frame: object) -> None:
         self.signum = signum
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         for again in self.handled:
