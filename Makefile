@@ -8,6 +8,7 @@ RUN := $(VENV)/bin/python
 
 # What `make train` runs: the guide's defaults where there is a CUDA GPU, a small model elsewhere.
 CONFIG ?= $(shell $(RUN) -c "import torch; print('' if torch.cuda.is_available() else 'configs/laptop.yaml')" 2>/dev/null)
+# Its folder: the log_dir of that file, if it has one. (The first line of `train` asks for CONFIG once: it loads PyTorch.)
 LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG) /dev/null),log)
 
 .PHONY: train test test-slow lint

@@ -27,6 +27,7 @@ def test_a_loss_that_stays_flat():
     train = records([math.log(2048) - 0.05] * 150)
     assert red_flags(train[:99], [], 2048, warmup_steps=30) == {}
     assert red_flags(train, [], 2048, warmup_steps=200) == {}
+    assert red_flags(records([math.log(4) - 0.01] * 150), [], 4, 0) == {}  # DNA, say, is near ln(4) by nature
     words = red_flags(train[:100], [], 2048, warmup_steps=30)["flat"]
     assert "7.57" in words and "ln(2048) = 7.62" in words and "--max_lr" in words and "--overfit_one_batch" in words
 

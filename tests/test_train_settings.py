@@ -105,6 +105,10 @@ def test_weights_and_biases_goes_on_with_the_same_run(data_root, tmp_path, monke
     name = (tmp_path / "log" / "wandb_run.txt").read_text()
     runs = list((tmp_path / "log" / "wandb").glob(f"offline-run-*-{name}"))
     assert len(runs) == 2 and all(any(run.glob("*.wandb")) for run in runs)
+    for path in (tmp_path / "log").glob("*.pt"):
+        path.unlink()
+    train(data_root, tmp_path / "log", *words, "--max_steps", "1")  # a new run in the old folder is a new one there
+    assert (tmp_path / "log" / "wandb_run.txt").read_text() != name
     (tmp_path / "wandb.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = subprocess.run(command("-m", "scripts.train", "--data_root", str(data_root), "--log_dir",
