@@ -11,7 +11,7 @@ CONFIG ?= $(shell $(RUN) -c "import torch; print('' if torch.cuda.is_available()
 # Its folder: the log_dir of that file, if it has one. (The first line of `train` asks for CONFIG once: it loads PyTorch.)
 LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG) /dev/null),log)
 
-.PHONY: train test test-slow lint
+.PHONY: train test test-slow gpu-check lint
 
 train: $(VENV)/ready
 	$(eval CONFIG := $(CONFIG))
@@ -25,6 +25,10 @@ test: $(VENV)/ready-dev
 
 test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -m slow
+
+# Ten minutes on a GPU. Elsewhere than in .venv: python3 -m benchmarks.gpu_check
+gpu-check: $(VENV)/ready-dev
+	$(RUN) -m benchmarks.gpu_check
 
 lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .

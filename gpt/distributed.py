@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from gpt.device import select_device
 from gpt.errors import UserError
 from gpt.roll_call import RollCall
 
@@ -148,50 +149,3 @@ def meet(store: torch.distributed.Store, rank: int, world_size: int, timeout: fl
                             f"{timeout:g} s, see --rank_timeout")
         time.sleep(0.05)
     return torch.distributed.PrefixStore(mine, store)
-
-
-def select_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. Raises UserError if it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}: expected auto, cuda, cuda:0, mps or cpu") from None
-    if not available.get(device.type, False):
-        there = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"device {name!r} is not available here: PyTorch {torch.__version__} sees {there}; "
-                        f"use --device auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not available here: there are {torch.cuda.device_count()} GPUs, "
-                        f"counted from cuda:0")
-    return device
-
-
-def processor(device: torch.device) -> str:
-    """The kind of processor that computes: only equal ones can be expected to agree in the last bit."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-
-
-def select_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number type of autocast: torch.float32 means that it is off.
-
-    "auto" takes bf16 on CUDA GPUs that have it (compute capability 8.0, Ampere, and newer), fp16 on older ones
-    (its small range needs a GradScaler), and float32 on the CPU and MPS.
-    """
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def select_compile(setting: bool | str, device: torch.device) -> bool:
-    """Whether to use torch.compile: "auto" says yes on CUDA GPUs that it supports (compute capability 7.0, Volta).
-
-    On two CPU cores the first step of configs/laptop.yaml's model took 31 s, later ones as long as uncompiled ones.
-    """
-    if setting == "auto":
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    return bool(setting)

@@ -68,6 +68,6 @@ def sliding_losses(model: GPT, tokens: np.ndarray, stride: int,
                             f"{model.config.vocab_size - 1}; was it made with another tokenizer?")
         target = np.concatenate(targets).astype(np.int64)
         device = model.wte.weight.device
-        x = model.hidden(torch.from_numpy(idx).to(device)).flatten(0, 1)  # (B * T, C)
+        x = model.hidden_states(torch.from_numpy(idx).to(device)).flatten(0, 1)  # (B * T, C)
         x = x[torch.from_numpy(np.concatenate(sources)).to(device)]
         yield token_losses(x, model.wte.weight, torch.from_numpy(target).to(device)).double().cpu().numpy(), target

@@ -1,25 +1,48 @@
-"""How much work training is, and how fast the device could do it: MFU, the share of that speed which is reached."""
+"""Operations per token, the device's peak FLOP/s, and from both MFU: the fraction of the peak that training reaches."""
 
+import re
 import time
 
 import torch
+import torch.nn.functional as F
 
 from gpt.config import GPTConfig
-from gpt.linear import linear
+
+# Dense peaks of NVIDIA's datasheets in FLOP/s: bf16 with float32 accumulation, fp16 on the two GPUs without bf16.
+DATASHEET_PEAKS = {
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "L4": 121e12, "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "T4": 65e12,
+    "V100-PCIE": 112e12, "V100": 125e12}
 
 
 def flops_per_token(config: GPTConfig, num_parameters: int, seq_len: int) -> int:
-    """Floating-point operations of the matrix products that training on one token takes.
+    """Return the floating-point operations of the matmuls that training on one token takes.
 
-    6 N + 12 L H Q T (Chowdhery et al. 2022, "PaLM", appendix B): N parameters, L layers, H heads of size Q, windows of
-    T tokens. The second term is attention over whole windows, as is usual, though a causal model needs half of it.
+    6 N + 12 L H Q T (Chowdhery et al. 2022, "PaLM", appendix B): N parameters, L layers, H heads of size Q, sequences
+    of T tokens. The second term is attention over whole sequences, as is usual, though a causal model needs half of it.
     """
     return 6 * num_parameters + 12 * config.n_layer * config.n_embd * seq_len
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of large matrix products on `device` (all its threads, if it is a CPU), as
-    measured here and now with what the model uses: the best of a tenth of a second."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the peak FLOP/s that MFU is measured against, and its source: a datasheet if it is known, else a matmul in
+    `dtype`, timed now."""
+    if device.type == "cuda" and (peak := datasheet_peak(torch.cuda.get_device_name(device))):
+        return peak
+    return measured_peak_flops(device, dtype), "measured"
+
+
+def datasheet_peak(gpu_name: str) -> tuple[float, str] | None:
+    """Return the dense 16-bit peak of a GPU in FLOP/s and which datasheet says so; None if it is not in the table."""
+    for name, peak in DATASHEET_PEAKS.items():
+        # Another chip of the same number, or a slice of one, is another peak.
+        if re.search(rf"\b{name}\b(?! (Ti|D|SUPER|Laptop|Max-Q))(?!.* MIG )", gpu_name):
+            return peak, f"datasheet of {name}"
+    return None
+
+
+def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of large matmuls on `device` (all its threads, if it is a CPU): the best of 0.1 seconds."""
     n = 1024 if device.type == "cpu" else 8192 if dtype != torch.float32 else 4096
     generator = torch.Generator(device).manual_seed(0)  # not the one that a run draws from
     a, b = torch.randn(2, n, n, device=device, dtype=dtype, generator=generator)
@@ -27,8 +50,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     while len(times) < 6 or sum(times) < 0.1:  # the first one warms up
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        product = linear(a, b)
-        product[0, 0].item()  # waits for it
-        times.append(time.perf_counter() - began)
+        t0 = time.perf_counter()
+        F.linear(a, b)[0, 0].item()  # waits for it
+        times.append(time.perf_counter() - t0)
     return 2 * n**3 / min(times[1:])

@@ -9,32 +9,27 @@ Over the 10,042 examples of the validation split GPT-2 124M reaches acc 0.2859 a
 The plain way runs context and ending through the model for each ending, with logits at every position. Here a row
 holds the context once and the four endings after it; each ending has the positions it would have alone, and a mask lets
 it see the context and itself only. Rows of similar length share a batch, and only what predicts an ending's token goes
-through the LM head. Where the device is faster in half precision a first pass is made in it, and examples whose two
-best endings are too close for its error, as measured on the way, are scored again in float32: the same predictions in
-less time. That error is measured, not proven: see `predict`.
+through the LM head.
 """
 
 import contextlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from gpt.config import GPTConfig
-from gpt.distributed import Distributed, select_precision
+from gpt.distributed import Distributed
 from gpt.errors import UserError
 from gpt.loss import token_losses
 from gpt.model import GPT
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # positions in a batch, padding included
-CHECKED_FIRST = 8  # examples that are scored in float32 in any case, to see how much the first pass errs
 
 
 @dataclass
@@ -142,7 +137,7 @@ def token_nlls(model: GPT, rows: list[Row]) -> list[torch.Tensor]:
     part = part.to(device)
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     mask = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, T, T): query, key
-    x = model.hidden(idx.to(device), positions.to(device), mask[:, None])  # (B, T, C)
+    x = model.hidden_states(idx.to(device), positions.to(device), mask[:, None])  # (B, T, C)
     x = x.flatten(0, 1)[torch.tensor(sources, device=device)]  # (number of tokens to predict, C)
     losses = token_losses(x, model.wte.weight, torch.tensor(targets, device=device)).cpu()
     return list(losses.split([len(ending) for row in rows for ending in row.endings]))
@@ -166,53 +161,27 @@ def score(model: GPT, groups: list[list[Row]], batch_tokens: int) -> Iterator[tu
             yield index, torch.stack([torch.stack([nll.sum(), nll.mean()]) for nll in tokens], dim=1)
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """The number type of the first pass: that of `select_precision` on CUDA, bf16 on a CPU that is fast in it."""
-    if device.type != "cpu":
-        return select_precision("auto", device)
-    x, weight, seconds = torch.ones(512, 768), torch.ones(3072, 768), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for _ in range(4):  # the last counts
-            began = time.perf_counter()
-            F.linear(x.to(dtype), weight.to(dtype))
-            seconds[dtype] = time.perf_counter() - began
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.6 * seconds[torch.float32] else torch.float32
-
-
 def predict(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], batch_tokens: int, dtype: torch.dtype,
             report: Callable[[int, torch.Tensor], None] = lambda *_: None) -> torch.Tensor:
-    """For each example the ending with the smallest sum and the one with the smallest mean: (examples, 2), int64.
+    """Return each example's ending with the smallest sum and its ending with the smallest mean: (examples, 2), int64.
 
-    dtype: of the first pass; if it is not float32, float32 decides where that pass cannot. `report` is called with an
-    example's index and its scores, again when it is scored again.
+    dtype: of autocast. `report` is called with an example's index and its scores.
     """
     groups = [make_rows(i, example, encoding, model.config) for i, example in enumerate(examples)]
-    scores: dict[int, torch.Tensor] = {}
+    choices = torch.empty(len(examples), 2, dtype=torch.int64)
     with torch.autocast(model.wte.weight.device.type, dtype, enabled=dtype != torch.float32):
-        for index, scores[index] in score(model, groups, batch_tokens):
-            report(index, scores[index])
-    if dtype != torch.float32:
-        # The first pass errs by `error` at most in each sum and mean, as far as we have seen, in 32 endings and more.
-        # Two that are further apart than four times that are taken to be in the right order; what is no number is not.
-        checked, error = set(), torch.zeros(2, 1)
-        unsure = set(range(0, len(examples), max(len(examples) // CHECKED_FIRST, 1)))
-        while unsure:
-            for index, exact in score(model, [groups[i] for i in sorted(unsure)], batch_tokens):
-                error = torch.maximum(error, (exact - scores[index]).abs().amax(1, keepdim=True))
-                scores[index] = exact
-                report(index, exact)
-            checked |= unsure
-            best = torch.stack([scores[i].topk(2, largest=False).values for i in range(len(examples))])
-            clear = (best[:, :, 1] - best[:, :, 0] > 4 * error[:, 0]).all(1)
-            unsure = set((~clear).nonzero()[:, 0].tolist()) - checked
-    return torch.stack([scores[i].argmin(1) for i in range(len(examples))])
+        for index, scores in score(model, groups, batch_tokens):
+            choices[index] = scores.argmin(1)
+            report(index, scores)
+    return choices
 
 
-def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], dist: Distributed,
+def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], dist: Distributed, dtype: torch.dtype,
              show_bar: bool = False, stopped: Callable[[], bool] = lambda: False) -> dict | None:
     """`acc` and `acc_norm` over the `examples`, which ranks share, with standard errors sqrt(p (1 - p) / (n - 1)).
 
-    Use the uncompiled model. None if `stopped` has said yes on any rank, which it is asked after each example.
+    dtype: of autocast. Use the uncompiled model. `stopped` is asked after each example: None if it says yes on any
+    rank.
     """
     was_training = model.training
     model.eval()
@@ -222,7 +191,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
     with (tqdm(total=len(mine), unit="example", disable=no_bar, dynamic_ncols=True, leave=None) as bar,
           contextlib.suppress(InterruptedError)):
         def report(index: int, scores: torch.Tensor) -> None:
-            bar.update(int(choices[index, 0] < 0))
+            bar.update()
             choices[index] = scores.argmin(1)
             accuracies = (choices == labels[:, None]).sum(0) / (choices[:, 0] >= 0).sum()
             bar.set_postfix_str("acc {:.4f}, acc_norm {:.4f}".format(*accuracies.tolist()), refresh=False)
@@ -231,7 +200,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
                 raise InterruptedError
 
         if mine:
-            predict(model, encoding, mine, BATCH_TOKENS.get(dist.device.type, 8192), fast_dtype(dist.device), report)
+            predict(model, encoding, mine, BATCH_TOKENS.get(dist.device.type, 8192), dtype, report)
     model.train(was_training)
     right = (choices == labels[:, None]).sum(0).tolist()
     counts = dist.all_gather(torch.tensor([*right, len(mine), stopped()], dtype=torch.float32))

@@ -77,24 +77,26 @@ class RunLog:
         return tqdm(items, desc=what, leave=False, dynamic_ncols=True) if self.bar is not None else items
 
     def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float, mfu: float,
-             batch_tokens: int, epoch: float, line: bool) -> None:
+             batch_tokens: int, epoch: float, line: bool, peak_memory: int = 0) -> None:
         """Log the update with index `step`, of `batch_tokens` tokens: the loss is the one before the update, mfu the
-        share of the device's speed in matrix products that it reached (`gpt.flops`), epoch how often training has been
-        through its data after it."""
+        fraction of the device's peak that it reached (`gpt.flops`), epoch how often training has been through its data
+        after it, peak_memory the most GPU memory that tensors have taken, in bytes, 0 on a CPU."""
         if not self.enabled:
             return
         tokens_per_s = batch_tokens / seconds
+        memory = {"peak_memory_gb": round(peak_memory / 1e9, 2)} if peak_memory else {}
         self._append({"step": step, "split": "train", "loss": loss, "lr": lr,
                       "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16: a step that was skipped
                       "tokens": (step + 1) * batch_tokens, "epoch": round(epoch, 4),
-                      "tokens_per_s": round(tokens_per_s, 1)})
+                      "tokens_per_s": round(tokens_per_s, 1), **memory})
         if self.bar is not None:
             val = f"val {self.val[-1]['loss']:.4f}, " if self.val else ""
             self.bar.set_postfix_str(f"loss {loss:.4f}, {val}{tokens_per_s:,.0f} tokens/s, {mfu:.0%} MFU", False)
             self.bar.update()
         if line and (self.bar is None or not sys.stdout.isatty()):
             self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | grad norm: "
-                       f"{grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}")
+                       f"{grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}"
+                       + "".join(f" | peak memory: {gb:.1f} GB" for gb in memory.values()))
 
     def samples(self, *, step: int, texts: list[str]) -> None:
         """Show what the model writes after `step` updates, and keep it in samples.txt."""

@@ -18,11 +18,35 @@ from torch.overrides import TorchFunctionMode
 from gpt import pretrained
 from gpt.config import GPTConfig
 from gpt.errors import UserError
-from gpt.linear import Linear, linear
 from gpt.loss import linear_cross_entropy
 
-# Takes the keys and values (B, n_head, T, head size) of new tokens; those of all tokens so far.
-Keep = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Takes the keys and values (B, n_head, T, D) of new tokens, stores them, returns those of all tokens so far.
+UpdateKV = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
+              dropout_p: float = 0.0) -> torch.Tensor:
+    """Return the attention of queries `q` (B, n_head, T, D) to keys and values (B, n_head, T_k, D); shaped as `q`.
+
+    mask: true where a query sees a key. Without one attention is causal, and a single query sees all keys.
+
+    Fused, except under autocast on a CPU, where PyTorch's fused kernel is slow in bfloat16. Short sequences go through
+    the plain formula there, as long as the (T, T) scores take no more memory than float32 copies of q, k, v and the
+    result would; longer ones go through the fused kernel in float32.
+    """
+    shape, (T, D) = q.shape, q.shape[2:]
+    is_causal = mask is None
+    if T == 1:  # an `if`, because torch.compile's symbolic `T > 1` is no bool
+        is_causal = False
+    if not (q.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+    if is_causal and T <= 8 * D:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * n_head, T, D)
+        causal_bias = q.new_full((T, T), -math.inf).triu(1).expand(len(q), T, T)
+        p = torch.baddbmm(causal_bias, q, k.mT, alpha=1 / math.sqrt(D)).softmax(2)  # (B * n_head, T, T)
+        return (F.dropout(p, dropout_p) @ v).view(shape)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout_p, is_causal)
 
 
 class CausalSelfAttention(nn.Module):
@@ -31,18 +55,18 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, keep: Keep | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
+                update_kv: UpdateKV | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
-        if keep is not None:
-            k, v = keep(k, v)  # those of earlier tokens too
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and k.shape[2] == T,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
+        if update_kv is not None:
+            k, v = update_kv(k, v)  # those of earlier tokens too
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -52,8 +76,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -70,12 +94,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, keep: Keep | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask, keep)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
+                update_kv: UpdateKV | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, update_kv)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
-class WithoutInit(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Inside, `torch.nn.init` does nothing. On meta tensors its normal_ would load 900 modules of PyTorch's compiler
     first: 1.5 s and 150 MB."""
 
@@ -126,7 +151,7 @@ class GPT(nn.Module):
                 raise ValueError(f"the configuration has {config.n_layer} layers, the weights have {len(layers)}")
             if "block_size" in overrides:
                 weights["wpe.weight"] = weights["wpe.weight"][:config.block_size].clone()
-            with torch.device("meta"), WithoutInit():  # no memory and no time for weights that are replaced at once
+            with torch.device("meta"), SkipInit():  # no memory and no time for weights that are replaced at once
                 model = cls(config)
             model.load_state_dict(weights, assign=True)
             if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
@@ -150,18 +175,18 @@ class GPT(nn.Module):
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, vocab_size) for token ids `idx` (B, T), or with `targets` (B, T) the loss, a scalar."""
-        x = self.hidden(idx)
+        x = self.hidden_states(idx)
         if targets is None:
             return self.lm_head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
-    def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
-               keep: list[Keep] | None = None) -> torch.Tensor:
-        """The final activations (B, T, n_embd) for token ids `idx` (B, T).
+    def hidden_states(self, idx: torch.Tensor, positions: torch.Tensor | None = None,
+                      mask: torch.Tensor | None = None, update_kv: list[UpdateKV] | None = None) -> torch.Tensor:
+        """Return the final hidden states (B, T, n_embd) for token ids `idx` (B, T).
 
         positions (B, T): where each token stands, below block_size; 0 to T - 1 unless given. mask (B, 1, T, T): true
-        where a query (third dimension) sees a key; causal unless given. keep: for each layer what keeps its keys and
-        values and has those of earlier tokens, see `gpt.generation.KVCache`.
+        where a query (third dimension) sees a key; causal unless given. update_kv: per layer, the callback that stores
+        keys and values and returns all so far, see `gpt.generation.KVCache`.
         Raises ValueError for more positions than block_size.
         """
         T = idx.shape[1]
@@ -169,12 +194,12 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}: crop the context")
         x = self.drop(self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions)))  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, mask, keep and keep[i])
+            x = block(x, mask, update_kv and update_kv[i])
         return self.ln_f(x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocab_size) for final activations `x` (…, n_embd), through the tied token embedding."""
-        return linear(x, self.wte.weight)
+        """Logits (…, vocab_size) for hidden states `x` (…, n_embd), through the tied token embedding."""
+        return F.linear(x, self.wte.weight)
 
     def num_parameters(self) -> int:
         """Number of parameters, the tied token embedding counted once: 124,439,808 for GPT-2 124M."""

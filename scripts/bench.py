@@ -20,10 +20,10 @@ import torch
 
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
-from gpt.distributed import select_device, select_precision
+from gpt.device import DTYPES, select_device, select_precision
 from gpt.errors import UserError
-from gpt.flops import flops_per_token, matmul_rate
-from gpt.generation import generate
+from gpt.flops import flops_per_token, peak_flops
+from gpt.generation import generate, prepare_for_generation
 from gpt.metrics import read_metrics
 from gpt.model import GPT
 from gpt.shards import read_meta, token_dtype, write_shard
@@ -40,11 +40,11 @@ class BenchConfig(train.TrainConfig):
     repeats: int = 10
     """measurements, of which the median counts"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
-    """generate: texts that are written at once"""
+    """generate: samples per batch"""
     dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
-    """generate: types of the weights"""
+    """generate: dtypes of the weights"""
     new_tokens: int = 128
-    """generate: tokens of each text"""
+    """generate: new tokens per sample"""
     shards: int = 3
     """load: shards of 100 million tokens"""
     json: bool = False
@@ -79,8 +79,8 @@ def main(config: BenchConfig) -> None:
 
 def bench_train(config: BenchConfig, vocab_size: int, device: torch.device, folder: Path) -> list[dict]:
     """The real training loop on random tokens, without what happens between steps."""
-    dtype = select_precision(config.precision, device)
-    rate = matmul_rate(device, dtype)
+    precision = select_precision(config.precision, device)
+    peak, source = peak_flops(device, DTYPES[precision])
     tokens = np.random.default_rng(0).integers(vocab_size, size=config.total_batch_size * 2 + 1)
     write_shard(folder, "train", 0, tokens.astype(token_dtype(vocab_size)))
     warmup, seq_len = 3, int(config.seq_len)
@@ -93,25 +93,30 @@ def bench_train(config: BenchConfig, vocab_size: int, device: torch.device, fold
     model = torch.load(next((folder / "log").glob("model_*.pt")))
     n = sum(tensor.numel() for tensor in model["model"].values())
     flops = flops_per_token(GPTConfig(**model["config"]), n, seq_len)
-    rate = max(rate, matmul_rate(device, dtype))  # of before and after: others may use this machine
+    peak = max(peak, peak_flops(device, DTYPES[precision])[0])  # of before and after: others may use this machine
     tokens_per_s = statistics.median(rates)
-    return [{"parameters": n, "precision": str(dtype).removeprefix("torch."), "optimizer": config.optimizer,
+    return [{"parameters": n, "precision": precision, "optimizer": config.optimizer,
              "batch": f"{config.total_batch_size // config.micro_batch_size // seq_len} x "
                       f"{config.micro_batch_size} x {config.seq_len}", "vocab_size": vocab_size,
              "ms_per_step": 1e3 * config.total_batch_size / tokens_per_s, "tokens_per_s": tokens_per_s,
-             "mfu": flops * tokens_per_s / rate, "gflop_per_token": flops / 1e9, "matmul_tflop_per_s": rate / 1e12}]
+             "mfu": flops * tokens_per_s / peak, "gflop_per_token": flops / 1e9, "peak_tflop_per_s": peak / 1e12,
+             "peak_source": source}]
 
 
 def bench_generate(config: BenchConfig, vocab_size: int, device: torch.device, folder: Path) -> list[dict]:
-    """Greedy texts from a prompt of one token, as scripts.generate writes them. The limit is that of memory: every step
-    reads all weights once."""
+    """Return the speed of greedy decoding from a one-token prompt, for a model prepared as in scripts.generate.
+
+    The limit is memory bandwidth: every step reads all weights once.
+    """
     shape = GPTConfig(**asdict(config.model) | {"vocab_size": vocab_size, "dropout": 0.0,
                                                 "block_size": config.model.block_size or 1024})
-    torch.manual_seed(config.seed)
-    model, rows = GPT(shape).to(device), []
-    read_rate = memory_rate(device)
+    rows, read_rate = [], memory_rate(device)
     for dtype in config.dtypes:
-        model.to(getattr(torch, dtype))
+        torch.manual_seed(config.seed)
+        model = GPT(shape).to(device)
+        n_parameters, n_positions = model.num_parameters(), model.wpe.weight.numel()  # packing hides the weights
+        prepare_for_generation(model, getattr(torch, dtype))
+        weight_bytes = (n_parameters - n_positions) * model.wte.weight.element_size()
         for B in config.batch_sizes:
             seconds = []
             for _ in range(config.repeats):
@@ -120,10 +125,9 @@ def bench_generate(config: BenchConfig, vocab_size: int, device: torch.device, f
                     times.append(time.perf_counter() - began)
                 seconds.append((times[-1] - times[0]) / (len(times) - 1))
             median = statistics.median(seconds)
-            weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "wpe.weight")
-            rows.append({"weights": dtype, "batch_size": B, "parameters": model.num_parameters(),
+            rows.append({"weights": dtype, "batch_size": B, "parameters": n_parameters,
                          "ms_per_step": 1e3 * median, "tokens_per_s": B / median,
-                         "limit_tokens_per_s": B * read_rate / weights, "memory_gb_per_s": read_rate / 1e9})
+                         "limit_tokens_per_s": B * read_rate / weight_bytes, "memory_gb_per_s": read_rate / 1e9})
     return rows
 
 

@@ -212,8 +212,10 @@ def as_yaml(text: str) -> Any:
         return None
 
 
-def find_checkpoint(config: CheckpointConfig) -> tuple[str, dict]:
-    """Name and content of the checkpoint to use; standard error says which. Raises UserError if there is none."""
+def find_checkpoint(config: CheckpointConfig, note: str = "") -> tuple[str, dict]:
+    """Name and content of the checkpoint to use; a line on standard error names it, with a `note` at its end.
+
+    Raises UserError if there is none."""
     from gpt import checkpoint  # PyTorch takes seconds, and prepare_shakespeare.py does without
 
     if (source := config.checkpoint) is not None:
@@ -224,17 +226,17 @@ def find_checkpoint(config: CheckpointConfig) -> tuple[str, dict]:
         raise UserError(f"no checkpoint in log_dir {config.log_dir!r}: train one with `python -m scripts.train`, or "
                         f"pass --checkpoint")
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{source}: step {content['step']}" if content["step"] else source, file=sys.stderr)
+        print(f"{source}: step {content['step']}{note}" if content["step"] else source + note, file=sys.stderr)
     return source, content
 
 
-def load_model(config: CheckpointConfig, device: Any) -> tuple[str, Any, Any]:
+def load_model(config: CheckpointConfig, device: Any, note: str = "") -> tuple[str, Any, Any]:
     """Name, model (a `gpt.model.GPT` on `device`, in evaluation mode) and tokenizer (a `tiktoken.Encoding`) of a
     checkpoint, see `find_checkpoint`. Raises UserError, also for a checkpoint without a tokenizer."""
     from gpt.model import GPT
     from gpt.tokenizer import get_tokenizer
 
-    source, content = find_checkpoint(config)
+    source, content = find_checkpoint(config, note)
     if not content.get("tokenizer"):
         raise UserError(f"{source} was trained on token ids of no known tokenizer: it can be used from Python only")
     return source, GPT.from_checkpoint(content).to(device).eval(), get_tokenizer(content["tokenizer"])

@@ -10,6 +10,7 @@ if not __package__:  # run as `torchrun scripts/eval_hellaswag.py`: imports star
 
 from gpt import distributed, hellaswag
 from gpt.atomic import atomic_write
+from gpt.device import DTYPES, Precision, select_precision
 from gpt.errors import UserError
 from scripts import command_line
 
@@ -25,6 +26,8 @@ class HellaSwagConfig(command_line.CheckpointConfig):
     """examples to use, the first ones; 0: all"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
+    precision: Precision = "auto"
+    """autocast dtype; auto: the fastest native one"""
 
 
 def main(config: HellaSwagConfig) -> None:
@@ -36,11 +39,13 @@ def main(config: HellaSwagConfig) -> None:
         source, model, encoding = command_line.load_model(config, dist.device)
         path = Path(config.log_dir) / "hellaswag.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # it fails now, or not at all
-        result = hellaswag.evaluate(model, encoding, examples, dist, show_bar=True)
+        precision = select_precision(config.precision, dist.device)
+        result = hellaswag.evaluate(model, encoding, examples, dist, DTYPES[precision], show_bar=True)
         if dist.is_master and result:
             print(f"{result['examples']} examples | acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
-                  f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {path}")
-            about = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation"}
+                  f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {precision} | {path}")
+            about = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation",
+                     "precision": precision}
             with atomic_write(path) as file:
                 file.write(json.dumps(about | result, indent=2).encode() + b"\n")
 

@@ -8,7 +8,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from gpt.distributed import select_device
+from gpt.device import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_losses
 from gpt.shards import find_shards, open_shard, read_meta

@@ -1,7 +1,7 @@
 """Write text with a trained model: python -m scripts.generate --prompt "Once upon a time"
 
-Without --prompt a terminal asks for one prompt after another; the k-th, from 0, draws with seed + k, so that a session
-can be repeated. Elsewhere, in a pipe say, the prompt is then a newline. <|endoftext|> in a prompt is the token.
+Without --prompt, a terminal asks for prompts; the k-th (from 0) uses seed + k, so that a session is reproducible.
+Elsewhere, as in a pipe, the prompt is a newline. <|endoftext|> in a prompt is the special token.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from typing import Literal
 import tiktoken
 import torch
 
-from gpt.distributed import select_device
+from gpt.device import select_device, select_precision
 from gpt.errors import UserError
-from gpt.generation import stream
+from gpt.generation import prepare_for_generation, stream_text
 from gpt.model import GPT
 from scripts import command_line
 
@@ -27,60 +27,62 @@ class GenerateConfig(command_line.CheckpointConfig):
     prompt: str = "\n"
     """text to continue; a newline: ask on a terminal"""
     max_new_tokens: int = 200
-    """tokens to write after the prompt"""
+    """new tokens per sample"""
     num_samples: int = 1
-    """texts to write for a prompt"""
+    """samples per prompt"""
     temperature: float = 0.8
-    """0: always the likeliest token; higher: bolder"""
+    """0: greedy; higher: more random"""
     top_k: int = 200
-    """draw among the k likeliest tokens; 0: all"""
+    """sample from the k most likely tokens; 0: all"""
     top_p: float = 1.0
-    """total probability of the tokens to draw among"""
+    """nucleus sampling threshold; 1: off"""
     seed: int = 1337
-    """the same seed draws the same text"""
+    """random seed for sampling"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the weights; bfloat16: half the memory"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """weights; auto: bfloat16 where it is native"""
 
 
 def main(config: GenerateConfig) -> None:
-    """Load a checkpoint and continue the prompt; which checkpoint it was goes to standard error."""
+    """Load a checkpoint and continue the prompt; the checkpoint and the dtype are printed on standard error."""
     check(config)
     device = select_device(config.device)
-    _, model, encoding = command_line.load_model(config, device)
-    model = model.to(getattr(torch, config.dtype))
+    is_bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and select_precision("auto", device) == "bf16"
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    _, model, encoding = command_line.load_model(config, device, note=f", {str(dtype).removeprefix('torch.')}")
+    prepare_for_generation(model, dtype)
     # None for "not given" would not do: on a command line jsonargparse takes `null` and `# Title` for None too
-    asks = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
-    (converse if asks else write)(config, model, encoding)
+    is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
+    (run_interactive if is_interactive else print_samples)(config, model, encoding)
 
 
-def converse(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
+def run_interactive(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
     """Ask for prompts and continue each, until Ctrl-D; an empty one is a newline."""
     with contextlib.suppress(ImportError):  # not on every system
-        import readline  # noqa: F401  # gives input() its editing and its history
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a stray byte is not worth the session
+        import readline  # noqa: F401  # gives input() line editing and history
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # an invalid byte must not end the session
     print("type a prompt, or Enter for none; Ctrl-C stops a text, Ctrl-D leaves", file=sys.stderr)
     seed = config.seed
     while True:
         try:
-            asked = replace(config, prompt=input("> ") or "\n", seed=seed)
+            turn_config = replace(config, prompt=input("> ") or "\n", seed=seed)
             seed += 1
-            write(asked, model, encoding)
+            print_samples(turn_config, model, encoding)
         except UserError as error:
             command_line.say(str(error))
-        except KeyboardInterrupt:  # ends the text or the line that it was pressed in
+        except KeyboardInterrupt:  # ends only the current text or input line
             print()
         except EOFError:
-            print()  # the shell's prompt gets a line of its own
+            print()  # the shell's prompt gets its own line
             return
 
 
-def write(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
-    """Print `num_samples` texts that begin with the prompt, the first one as it is written."""
+def print_samples(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
+    """Print `num_samples` continuations of the prompt; the first one is streamed."""
     texts: list[list[str]] = [[] for _ in range(config.num_samples)]
-    for pieces in stream(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
-                         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed):
+    for pieces in stream_text(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
+                              temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed):
         print(pieces[0], end="", flush=True)
         for text, piece in zip(texts, pieces, strict=True):
             text.append(piece)
@@ -90,7 +92,7 @@ def write(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> No
 
 
 def check(config: GenerateConfig) -> None:
-    """Raise UserError for a value that cannot be meant."""
+    """Raise UserError for an invalid setting."""
     for name in ("temperature", "top_k", "seed"):
         if not 0 <= getattr(config, name) < 2**63:
             raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")

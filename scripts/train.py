@@ -23,11 +23,19 @@ from gpt import checkpoint, distributed, hellaswag
 from gpt.atomic import atomic_write
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
+from gpt.device import (
+    DTYPES,
+    Precision,
+    disable_malloc_trim,
+    hardware_name,
+    is_out_of_memory,
+    select_compile,
+    select_precision,
+)
 from gpt.errors import UserError
 from gpt.evaluation import evaluate
-from gpt.flops import flops_per_token, matmul_rate
-from gpt.generation import complete
-from gpt.linear import keep_freed_memory
+from gpt.flops import flops_per_token, peak_flops
+from gpt.generation import generate_text
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizers, learning_rate
@@ -119,10 +127,10 @@ class TrainConfig:
     # The machine
     device: str = "auto"
     """auto, cuda, mps or cpu"""
-    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
-    """bf16, fp16 or float32; auto: fastest there is"""
+    precision: Precision = "auto"
+    """autocast dtype; auto: bf16 or fp16 where native"""
     compile: bool | Literal["auto"] = "auto"
-    """use torch.compile; auto: on a CUDA GPU"""
+    """torch.compile; auto: on CUDA with a C compiler"""
     rank_timeout: float = 600
     """seconds processes wait for one another"""
 
@@ -133,7 +141,12 @@ def main(config: TrainConfig) -> int:
     with (distributed.joined(config.device, config.rank_timeout) as dist,
           only_run_in(config.log_dir) if dist.is_master else contextlib.nullcontext(),
           contextlib.closing(RunLog(config.log_dir, dist.is_master, config.tensorboard, config.wandb_project)) as log):
-        return train(config, dist, log, StopSignal(speaks=dist.is_master))
+        try:
+            return train(config, dist, log, StopSignal(speaks=dist.is_master))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise UserError(out_of_memory_advice(config, dist)) from None
+            raise
 
 
 def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop: StopSignal) -> int:
@@ -164,7 +177,13 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     if tokens := config.max_tokens or config.max_epochs * epoch_tokens:
         config = replace(config, max_steps=math.ceil(tokens / config.total_batch_size), max_tokens=0, max_epochs=0)
     log.print(f"found {len(train_loader.shards)} shards for split train")
+    if val_loader:
+        log.print(f"found {len(val_loader.shards)} shards for split val")
     log.print(f"using device: {device}")
+    use_compile, why_not = select_compile(config.compile, device)
+    config = replace(config, precision=select_precision(config.precision, device), compile=use_compile)
+    if why_not:
+        log.print(why_not)
     if config.sample_every and not encoding:
         log.print(f"no tokenizer is known for these {vocab_size} token ids: there will be no samples of text")
     if config.hellaswag_every and not encoding:
@@ -188,11 +207,11 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
     # and saving use `model` itself, which shares the weights, and so never compile anything again.
     model.to(device)
     if device.type == "cpu":
-        keep_freed_memory()
-    trained: Any = torch.compile(model) if distributed.select_compile(config.compile, device) else model
+        disable_malloc_trim()
+    trained: Any = torch.compile(model) if config.compile else model
     if dist.world_size > 1:
         trained = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
-    dtype = distributed.select_precision(config.precision, device)
+    dtype = DTYPES[config.precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if device.type == "cuda":
@@ -201,12 +220,12 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                                       betas=config.betas)
 
     settings = json.loads(json.dumps(asdict(replace(config, model=model.config))))  # tuples become lists
-    log.print(f"{model.num_parameters():,} parameters, {str(dtype).removeprefix('torch.')}, a step is "
-              f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
-              + (f" on each of {dist.world_size} processes" if dist.world_size > 1 else ""))
-    # For the log: what a step computes, and how much the device could compute in a second.
     step_flops = flops_per_token(model.config, model.num_parameters(), seq_len) * config.total_batch_size
-    flops_per_s = matmul_rate(device, dtype) * dist.world_size
+    peak, peak_source = peak_flops(device, dtype)
+    log.print(f"{model.num_parameters():,} parameters, {config.precision}, a step is "
+              f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
+              + (f" on each of {dist.world_size} processes" if dist.world_size > 1 else "")
+              + f", MFU of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
     done_step = -1  # the step whose validation and checkpoint are there already
     if saved and saved_optim:
         checkpoint.load_optimizers(saved_optim, optimizers, scaler)
@@ -244,10 +263,12 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             sampling, choosing = (due(every, step, last_step) and (finished or not stopping)
                                   for every in (config.sample_every, config.hellaswag_every))
             if sampling and encoding and dist.is_master:
-                log.samples(step=step, texts=complete(model, encoding, config.sample_prompts, config.sample_tokens,
-                                                      temperature=0.8, top_k=200, seed=config.seed))
+                with autocast:
+                    texts = generate_text(model, encoding, config.sample_prompts, config.sample_tokens,
+                                          temperature=0.8, top_k=200, seed=config.seed)
+                log.samples(step=step, texts=texts)
             if choosing and encoding:
-                accuracy = hellaswag.evaluate(model, encoding, examples, dist, show_bar=log.bar is not None,
+                accuracy = hellaswag.evaluate(model, encoding, examples, dist, dtype, show_bar=log.bar is not None,
                                               stopped=lambda: stop.signum > 0)
                 if accuracy:
                     log.hellaswag(step=step, **accuracy)
@@ -259,7 +280,7 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
                 check_finite(f"step {step}: norm of the weights {norm}", norm, config, last_saved)
                 dist.check_same({"weights": checkpoint.fingerprint(model.state_dict())}, f"a processor or its memory "
                                 f"is faulty, nothing is saved; go on from {last_saved} without that machine",
-                                alike=distributed.processor(device))
+                                alike=hardware_name(device))
             if dist.is_master:
                 about = dict(step=step, val_loss=val_loss, hellaswag=accuracy, tokenizer=tokenizer,
                              train_config=settings, train_windows=train_loader.n_windows)
@@ -288,6 +309,8 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
             return 128 + (stop.signum or signal.SIGTERM)
 
         # One update.
+        if step == first_step and config.compile:
+            log.print("compiling the model: the first step takes a minute or more")
         began = time.perf_counter()
         mean_loss = torch.zeros((), device=device)
         if config.overfit_one_batch:
@@ -330,8 +353,9 @@ def train(config: TrainConfig, dist: distributed.Distributed, log: RunLog, stop:
         else:
             check_finite(f"step {step}: gradient norm {grad_norm}", grad_norm, config, last_saved)
         log.step(step=step, loss=train_loss, lr=lr, grad_norm=grad_norm, seconds=seconds,
-                 mfu=step_flops / seconds / flops_per_s, batch_tokens=config.total_batch_size,
+                 mfu=step_flops / seconds / (peak * dist.world_size), batch_tokens=config.total_batch_size,
                  epoch=(step + 1) * config.total_batch_size / epoch_tokens,
+                 peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
                  line=step % config.log_every == 0 or step + 1 == config.max_steps)
         log.warn(vocab_size, config.warmup_steps)
         hours = seconds * (config.max_steps - step - 1) / 3600
@@ -428,6 +452,16 @@ def check_finite(what: str, value: float, config: TrainConfig, last_saved: Path 
         raise UserError(f"{what}: the run has diverged and stops here, nothing of it is saved; the same command goes "
                         f"on from {last_saved}: give it a lower --max_lr (now {config.max_lr:g}), more --warmup_steps "
                         f"or --grad_clip 1.0")
+
+
+def out_of_memory_advice(config: TrainConfig, dist: distributed.Distributed) -> str:
+    """Return an error message that names the next smaller micro-batch that divides the step."""
+    what = f"{dist.device} is out of memory with --micro_batch_size {config.micro_batch_size}"
+    if config.seq_len == "auto" or config.micro_batch_size == 1:
+        return f"{what}: use a smaller model or a shorter --seq_len"
+    sequences = config.total_batch_size // config.seq_len // dist.world_size  # per rank and step
+    smaller = next(b for b in range(config.micro_batch_size // 2, 0, -1) if sequences % b == 0)
+    return f"{what}: pass --micro_batch_size {smaller} (the same run with the same losses, in smaller pieces)"
 
 
 def dropout_seed(*numbers: int) -> int:

@@ -1,7 +1,12 @@
-"""HellaSwag the usual way: the four endings of one example at a time, logits at every position."""
+"""HellaSwag by the plain formula, four full rows per example with logits at every position; and examples for it."""
+
+import random
 
 import torch
 import torch.nn.functional as F
+
+from gpt.hellaswag import Example
+from tests.conftest import TEXT
 
 
 @torch.no_grad()
@@ -22,3 +27,22 @@ def predict(model, encoding, example):
         means.append(scored.mean())
     sums, means = torch.stack(sums), torch.stack(means)
     return sums.argmin().item(), means.argmin().item(), sums, means
+
+
+def make_examples(count, seed=0):
+    """Examples with HellaSwag's lengths: the context from one place of a play, endings from anywhere in it.
+
+    A third are as long as those from ActivityNet, the others as those from WikiHow: contexts have 250 characters on
+    average and endings 130, which fits the size of hellaswag_val.jsonl, 12.2 MB for 10,042 examples.
+    """
+    text, rng = " ".join(TEXT.read_text().split()), random.Random(seed)
+
+    def piece(low, high):
+        at = rng.randrange(len(text) - high)
+        return text[at:at + rng.randint(low, high)].strip()
+
+    examples = []
+    for i in range(count):
+        context, ending = ((60, 250), (30, 120)) if i % 3 == 0 else ((150, 450), (60, 250))
+        examples.append(Example(piece(*context), [piece(*ending) for _ in range(4)], rng.randrange(4)))
+    return examples

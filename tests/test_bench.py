@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt import linear
 from gpt.config import GPTConfig
-from gpt.flops import flops_per_token, matmul_rate
+from gpt.flops import datasheet_peak, flops_per_token, measured_peak_flops
 from gpt.model import GPT
 from tests.conftest import assert_refused, run
 
@@ -19,10 +18,8 @@ SMALL = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32", 
          "--new_tokens", "4", "--shards", "1", "--device", "cpu"]
 
 
-def test_flops_are_those_that_pytorch_counts(monkeypatch):
-    """PyTorch's own counter adds up the matrix products of a forward and a backward pass over all logits. It does not
-    know oneDNN's."""
-    monkeypatch.setattr(linear, "HAS_ONEDNN", False)
+def test_flops_per_token_match_pytorchs_counter():
+    """PyTorch's counter adds up the matmuls of a forward and a backward pass over all logits."""
     config = GPTConfig(block_size=256, vocab_size=5000, n_layer=3, n_head=4, n_embd=128)
     model, idx = GPT(config), torch.randint(5000, (2, 256))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch 2.11 counts no other on a CPU
@@ -46,18 +43,27 @@ def test_it_measures(what, keys, tmp_path):
     if what == "train":
         row = result["rows"][0]
         n = GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32)).num_parameters()
-        share = (6 * n + 12 * 2 * 32 * 32) * row["tokens_per_s"] / (row["matmul_tflop_per_s"] * 1e12)
+        share = (6 * n + 12 * 2 * 32 * 32) * row["tokens_per_s"] / (row["peak_tflop_per_s"] * 1e12)
         assert row["parameters"] == n and row["mfu"] == pytest.approx(share, rel=1e-3)
         done = run("-m", "scripts.bench", what, *SMALL)
         assert done.returncode == 0 and "tokens per s" in done.stdout
     assert not (tmp_path / "log").exists()
 
 
-def test_the_matmul_rate_is_possible_and_leaves_random_numbers_alone():
+def test_measured_peak_is_possible_and_leaves_the_random_state_alone():
     """Between a pocket calculator and a supercomputer; a run that measures it must draw what it would have drawn."""
     state = torch.get_rng_state()
-    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e15
+    assert 1e8 < measured_peak_flops(torch.device("cpu"), torch.float32) < 1e15
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("gpu, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 3090", 71e12), ("Tesla T4", 65e12),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GH200 480GB", None)])
+def test_datasheet_peak_knows_this_chip_and_not_its_neighbours(gpu, peak):
+    assert datasheet_peak(gpu) == (peak and (peak, datasheet_peak(gpu)[1]))
 
 
 def test_mistakes_are_named(tmp_path):

@@ -10,9 +10,14 @@ import time
 import pytest
 import torch
 
+from gpt.device import select_precision
+from gpt.generation import generate_text
+from scripts import command_line
+from scripts import generate as script
 from tests.conftest import ROOT, Fork, assert_refused, command, environment, run, start, train, workers
 
 CTRL_C, CTRL_D, ARROW_UP = "\x03", "\x04", "\x1b[A"
+DTYPE = "bfloat16" if select_precision("auto", torch.device("cpu")) == "bf16" else "float32"
 USAGE = "type a prompt, or Enter for none; Ctrl-C stops a text, Ctrl-D leaves\n"
 
 
@@ -86,7 +91,7 @@ def test_a_terminal_asks_for_prompts_until_ctrl_d(log_dir, tmp_path, terminal):
     empty = generate(log_dir, *words, "--prompt", "\n", "--seed", "1338").stdout
     assert first.count("\n---\n") == 1
     terminal.start("-m", "scripts.generate", "--device", "cpu", "--max_new_tokens", "40", *words)
-    assert terminal.until("> ") == f"{tmp_path}/model.pt: step 3\n{USAGE}> "
+    assert terminal.until("> ") == f"{tmp_path}/model.pt: step 3, {DTYPE}\n{USAGE}> "
     refusal = "error: prompt '<|endoftext|>' has token 50256: the model knows 50256 tokens\n"
     for line, answer in (("MENENIUS:\n", first), ("\n", empty), ("<|endoftext|>\n", refusal)):
         terminal.type(line)
@@ -128,7 +133,7 @@ def test_it_takes_the_newest_checkpoint_and_says_which(log_dir):
     """Only the text goes to standard output; 40 tokens go beyond the context of 32."""
     done = generate(log_dir, "--prompt", "MENENIUS:")
     assert done.stdout.startswith("MENENIUS:") and len(done.stdout) > 60
-    assert done.stderr == f"{log_dir}/model_00003.pt: step 3\n"
+    assert done.stderr == f"{log_dir}/model_00003.pt: step 3, {DTYPE}\n"
 
 
 def test_the_same_seed_writes_the_same_text(log_dir):
@@ -136,10 +141,34 @@ def test_the_same_seed_writes_the_same_text(log_dir):
     first = generate(log_dir, "--num_samples", "2").stdout
     assert first.count("\n---\n") == 1 and len(set(first.split("\n---\n"))) == 2
     assert generate(log_dir, "--num_samples", "2").stdout == first
-    other = generate(log_dir, "--num_samples", "2", "--seed", "1", "--checkpoint", log_dir / "model_00001.pt")
-    assert other.stdout != first and "step 1" in other.stderr
-    greedy = generate(log_dir, "--temperature", "0", "--num_samples", "2").stdout.removesuffix("\n").split("\n---\n")
-    assert len(greedy) == 2 and greedy[0] == greedy[1]
+    other = generate(log_dir, "--num_samples", "2", "--seed", "1", "--checkpoint", log_dir / "model_00001.pt",
+                     "--dtype", "float32")
+    assert other.stdout != first and other.stderr.endswith("step 1, float32\n")
+    done = generate(log_dir, "--temperature", "0", "--num_samples", "2", "--dtype", "bfloat16")
+    greedy = done.stdout.removesuffix("\n").split("\n---\n")
+    assert len(greedy) == 2 and greedy[0] == greedy[1] and done.stderr.endswith("step 3, bfloat16\n")
+
+
+@pytest.mark.parametrize("dtype, precision, expected", [("auto", "bf16", torch.bfloat16),
+                                                        ("auto", "fp16", torch.float32),
+                                                        ("auto", "float32", torch.float32),
+                                                        ("float32", "bf16", torch.float32),
+                                                        ("bfloat16", "float32", torch.bfloat16)])
+def test_auto_takes_bfloat16_where_the_device_computes_it(log_dir, monkeypatch, capsys, dtype, precision, expected):
+    """In float32 the text is that of the plain model."""
+    dtypes = []
+    print_samples = script.print_samples
+    monkeypatch.setattr(script, "select_precision", lambda name, device: precision)
+    monkeypatch.setattr(script, "print_samples", lambda config, model, encoding: (
+        dtypes.append(model.wte.weight.dtype), print_samples(config, model, encoding)))
+    config = script.GenerateConfig(log_dir=str(log_dir), device="cpu", dtype=dtype, prompt="A", max_new_tokens=20)
+    script.main(config)
+    printed = capsys.readouterr()
+    assert dtypes == [expected] and printed.err.endswith(f", {str(expected).removeprefix('torch.')}\n")
+    if expected == torch.float32:
+        _, model, encoding = command_line.load_model(config, torch.device("cpu"))
+        text, = generate_text(model, encoding, ["A"], 20, temperature=0.8, top_k=200, seed=1337)
+        assert printed.out == text + "\n"
 
 
 def test_a_reader_that_has_seen_enough(log_dir, terminal):
@@ -147,7 +176,7 @@ def test_a_reader_that_has_seen_enough(log_dir, terminal):
     process = start("-m", "scripts.generate", "--device", "cpu", "--log_dir", log_dir, stdin=terminal.device,
                     stderr=subprocess.PIPE)
     process.stdout.close()
-    assert process.stderr.read() == f"{log_dir}/model_00003.pt: step 3\n"
+    assert process.stderr.read() == f"{log_dir}/model_00003.pt: step 3, {DTYPE}\n"
     assert process.wait() == 141
 
 

@@ -1,4 +1,4 @@
-"""gpt/generation.py: drawing tokens as the formulas say."""
+"""gpt/generation.py: sampling, the KV cache and packed weights against plain formulas."""
 
 import copy
 
@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from gpt.config import GPTConfig
-from gpt.generation import KVCache, complete, generate, next_logits, sample, stream
+from gpt.generation import (
+    CAN_PACK,
+    KVCache,
+    generate,
+    generate_text,
+    next_token_logits,
+    prepare_for_generation,
+    sample,
+    stream_text,
+)
 from gpt.model import GPT
 from gpt.tokenizer import get_tokenizer
 
@@ -49,7 +58,7 @@ def test_the_cache_has_the_logits_of_the_whole_text(model):
     cache = KVCache(model, len(rows), 12)
     with torch.no_grad():
         for step in range(7):
-            found = next_logits(model, rows, cache)
+            found = next_token_logits(model, rows, cache)
             for row, logits in zip(rows, found, strict=True):
                 assert torch.allclose(logits, model(torch.tensor([row]))[0, -1], atol=1e-5)
                 row.append(step)
@@ -79,13 +88,52 @@ def test_bfloat16_weights(model):
     """Half the memory, three digits, through the cache too: the logits are near those of float32."""
     half, rows = copy.deepcopy(model).to(torch.bfloat16), [[3, 1], [4]]
     cache = KVCache(half, 2, 12)
-    assert cache.kv.dtype == torch.bfloat16
     with torch.no_grad():
         for step in range(9):
-            for row, logits in zip(rows, next_logits(half, rows, cache), strict=True):
+            for row, logits in zip(rows, next_token_logits(half, rows, cache), strict=True):
                 expected = model(torch.tensor([row]))[0, -1]
                 assert (logits - expected).norm() < 0.05 * expected.norm()
                 row.append(step)
+    assert cache.kv[0].dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def plain_and_packed(request):
+    """A model of 4 layers whose logits differ clearly, converted but not packed, and its packed copy."""
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=4, n_head=4, n_embd=128)).eval().requires_grad_(False)
+    for parameter in plain.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)  # biases too
+    packed = copy.deepcopy(plain)
+    prepare_for_generation(packed, request.param)
+    return plain.to(request.param), packed, 1e-5 if request.param == torch.float32 else 0.02
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="oneDNN packs weights on x86 only")
+def test_packed_weights_give_the_same_logits(plain_and_packed):
+    """Relative error below 1e-5 in float32 and 0.02 in bfloat16, for a prompt, for one token, and through the cache."""
+    plain, packed, tolerance = plain_and_packed
+    assert all(name.startswith(("wte", "wpe")) or p.ndim == 1 for name, p in packed.named_parameters())  # none twice
+    assert "lm_head" in vars(packed)
+    rows = [[*range(40)], [7], [9, 8, 7]]
+    cache = KVCache(packed, len(rows), 64)
+    with torch.no_grad():
+        for step in range(10):
+            expected = next_token_logits(plain, rows)
+            for logits in (next_token_logits(packed, rows), next_token_logits(packed, rows, cache)):
+                assert (logits - expected).norm() < tolerance * expected.norm()
+            for row in rows:
+                row.append(step)
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="oneDNN packs weights on x86 only")
+def test_packed_float32_weights_give_the_same_text(plain_and_packed):
+    """Greedy and sampled tokens of several texts, beyond the context."""
+    plain, packed, tolerance = plain_and_packed
+    if tolerance < 1e-4:
+        for settings in ({"temperature": 0}, {"top_k": 50}):
+            texts = [columns(generate(model, [[1, 2, 3], [4]], 80, **settings)) for model in (plain, packed)]
+            assert texts[0] == texts[1]
 
 
 def test_draws_have_the_right_frequencies():
@@ -144,7 +192,7 @@ def test_training_mode_is_given_back(model):
     model.eval()
 
 
-def test_complete_hides_the_end_of_text():
+def test_generate_text_hides_the_end_of_text():
     """Text, not tokens: the prompt and what follows, up to <|endoftext|>."""
     encoding = get_tokenizer()
     model = GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=4)).eval()
@@ -153,10 +201,10 @@ def test_complete_hides_the_end_of_text():
         model.ln_f.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # every position says the same
         model.wte.weight.zero_()
         model.wte.weight[encoding.encode(" dog")[0], 0] = 1
-    assert complete(model, encoding, ["A"], 3, temperature=0) == ["A dog dog dog"]
+    assert generate_text(model, encoding, ["A"], 3, temperature=0) == ["A dog dog dog"]
     with torch.no_grad():
         model.wte.weight[encoding.eot_token, 0] = 2
-    assert complete(model, encoding, ["A", "Two words"], 3, temperature=0) == ["A", "Two words"]
+    assert generate_text(model, encoding, ["A", "Two words"], 3, temperature=0) == ["A", "Two words"]
 
 
 def test_characters_of_several_tokens_come_whole():
@@ -171,7 +219,7 @@ def test_characters_of_several_tokens_come_whole():
         for position, token in enumerate(ids):
             model.wpe.weight[position, position] = 2.0
             model.wte.weight[token, position] = 1.0
-    pieces = [piece for piece, in stream(model, encoding, ["A"], len(ids), temperature=0)]
+    pieces = [piece for piece, in stream_text(model, encoding, ["A"], len(ids), temperature=0)]
     assert "".join(pieces) == "A" + text and "" in pieces and "\ufffd" not in "".join(pieces)
     cut = next(i for i in range(len(ids)) if encoding.decode(ids[:i]).endswith("\ufffd"))
-    assert complete(model, encoding, ["A"], cut, temperature=0) == ["A" + encoding.decode(ids[:cut])]
+    assert generate_text(model, encoding, ["A"], cut, temperature=0) == ["A" + encoding.decode(ids[:cut])]

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import SIZES, GPTConfig
 from gpt.errors import UserError
-from gpt.model import GPT
+from gpt.model import GPT, attention
 
 
 @pytest.mark.parametrize("size, parameters", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
@@ -100,3 +102,52 @@ def test_too_long_a_context_is_an_error():
 def test_impossible_shapes_are_refused(bad, words):
     with pytest.raises(UserError, match=words):
         GPTConfig(**bad)
+
+
+@pytest.mark.parametrize("T, D", [(1, 8), (5, 8), (64, 8), (65, 8), (40, 16)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_under_cpu_autocast_matches_the_plain_formula(T, D, masked):
+    """Short and long sequences take different ways in bfloat16; both are within its rounding of float64."""
+    torch.manual_seed(T)
+    q, k, v, towards = torch.randn(4, 2, 3, T, D, dtype=torch.float64)
+    mask = torch.rand(2, 1, T, T) < 0.5 if masked else torch.ones(T, T, dtype=torch.bool)
+    mask = mask.tril() | torch.eye(T, dtype=torch.bool)
+    q.requires_grad_()
+    scores = (q @ k.mT / math.sqrt(D)).masked_fill(~mask, -math.inf)
+    expected = scores.softmax(-1) @ v
+    expected_grad, = torch.autograd.grad(expected, q, towards)
+    inputs = [tensor.detach().bfloat16().requires_grad_() for tensor in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(*inputs, mask if masked else None)
+    grad, = torch.autograd.grad(y, inputs[0], towards.to(y.dtype))
+    assert (y - expected).norm() < 0.01 * expected.norm()
+    assert (grad - expected_grad).norm() <= 0.02 * expected_grad.norm()
+
+
+def test_attention_drops_out_under_cpu_autocast():
+    """Half of the attention weights are zero and the others doubled: with all values 1 the mean stays 1."""
+    q, v = torch.zeros(4, 4, 32, 8), torch.ones(4, 4, 32, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(q, q, v), v.bfloat16())
+        y = attention(q, q, v, dropout_p=0.5)
+    assert y.mean().item() == pytest.approx(1, abs=0.1) and y.std() > 0.1
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_compiled_loss_has_no_graph_break(precision, tmp_path):
+    """fullgraph=True raises at a graph break; alone and inside DDP, as scripts/train.py wraps it, at two lengths."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=96, vocab_size=211, n_layer=2, n_head=2, n_embd=16))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for wrapped in (compiled, DistributedDataParallel(compiled)):
+            for T in (32, 96):
+                idx = torch.randint(211, (2, T))
+                with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                    loss = wrapped(idx, idx)
+                    expected = F.cross_entropy(model(idx).flatten(0, 1).float(), idx.flatten())
+                loss.backward()
+                assert loss.item() == pytest.approx(expected.item(), abs=1e-5 if precision == torch.float32 else 0.01)
+    finally:
+        torch.distributed.destroy_process_group()

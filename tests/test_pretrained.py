@@ -454,13 +454,13 @@ def test_validate_finds_agreement_and_difference(gpt2_folder, trained, tmp_path,
 
 def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
     """At most 1.2 times, for safetensors and for pickles: no second model is built."""
-    from tests import bench_load
+    from benchmarks.checkpoint import measure_load
 
     with torch.device("meta"):
         shape = GPTConfig(n_layer=4)
         weights = {name: torch.empty(tensor.shape, device="cpu").normal_() for name, tensor in
                    GPT(shape).state_dict().items()}
     pretrained.save({"model": weights, "config": vars(shape), "tokenizer": None}, tmp_path)
-    _, peak, size = bench_load.measure(tmp_path)
+    _, peak, size = measure_load(tmp_path)
     assert size == 4 * GPT.from_pretrained(tmp_path).num_parameters()
     assert peak <= 1.2 * size + 30e6  # tiktoken's tables and what Python loads on the way

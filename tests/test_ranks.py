@@ -45,12 +45,21 @@ def test_the_number_of_processes_may_change_in_the_middle(byte_data, tmp_path):
     assert_same_losses(tmp_path / "alone", tmp_path / "moved", 12)
 
 
-def assert_same_losses(one, other, steps):
-    """Step by step, to 1e-5. (A learning rate ten times as high turns the differences in rounding into larger ones.)"""
+def test_bf16_losses_on_two_ranks_differ_by_its_rounding(byte_data, tmp_path):
+    """What docs/cluster.md says of bfloat16: other micro-batches and ranks agree to 1e-3, not to 1e-5."""
+    words = ["--max_steps", "10", "--total_batch_size", "2048", "--max_lr", "1e-3", "--precision", "bf16"]
+    one = run(*words_for(byte_data, tmp_path / "one", *words))
+    two = run_ranks(2, *words_for(byte_data, tmp_path / "two", *words, "--micro_batch_size", "8"))
+    assert one.returncode == two[0].returncode == 0, one.stderr + two[0].stderr
+    assert_same_losses(tmp_path / "one", tmp_path / "two", 10, tolerance=1e-3)
+
+
+def assert_same_losses(one, other, steps, tolerance=1e-5):
+    """Step by step. (A learning rate ten times as high turns the differences in rounding into larger ones.)"""
     one, other = metrics(one, "train"), metrics(other, "train")
     assert list(one) == list(other) == list(range(steps))
     for step in one:
-        assert one[step]["loss"] == pytest.approx(other[step]["loss"], abs=1e-5)
+        assert one[step]["loss"] == pytest.approx(other[step]["loss"], abs=tolerance)
         assert one[step]["tokens"] == other[step]["tokens"]
 
 

@@ -20,6 +20,7 @@ import yaml
 from gpt import checkpoint
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
+from gpt.device import select_precision
 from gpt.model import GPT
 from tests.conftest import ROOT, TINY, assert_refused, command, environment, metrics, run, start, train, workers
 
@@ -37,7 +38,7 @@ def test_what_a_run_prints_and_leaves(finished):
     """Lines, files and keys that people and programs rely on."""
     log_dir, printed = finished
     lines = printed.splitlines()
-    assert lines[:2] == ["found 2 shards for split train", "using device: cpu"]
+    assert lines[:3] == ["found 2 shards for split train", "found 1 shards for split val", "using device: cpu"]
     assert re.search(r"^step 0 \| loss: 10\.8\d\d\d \| lr: 0\.002500 \| dt: \d+ms", printed, re.M)
     assert re.search(r"^val loss \d+\.\d{4}", printed, re.M)
     assert printed.count("--- sample at step") == 2
@@ -285,18 +286,42 @@ def test_the_bar_on_a_terminal(data_root, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains_and_resumes(data_root, tmp_path, precision):
-    """Autocast, with two optimizers; for fp16 the gradient scaler's state must come back too."""
+    """Autocast, with two optimizers: resuming repeats every loss; the fp16 gradient scaler's state comes back too."""
     words = ["--precision", precision, "--optimizer", "muon", "--warmup_steps", "0", "--min_lr_ratio", "1",
              "--eval_every", "3", "--sample_every", "0"]
     train(data_root, tmp_path / "whole", *words, "--max_steps", "6")
     assert metrics(tmp_path / "whole", "val")[6]["loss"] < metrics(tmp_path / "whole", "train")[0]["loss"] - 0.3
     scaler = checkpoint.read(tmp_path / "whole" / "optim_00006.pt")["scaler"]
     assert bool(scaler) == (precision == "fp16")
-    if precision == "fp16":
-        train(data_root, tmp_path / "halves", *words, "--max_steps", "3")
-        train(data_root, tmp_path / "halves", *words, "--max_steps", "6")
-        for split in ("train", "val"):
-            assert metrics(tmp_path / "halves", split) == metrics(tmp_path / "whole", split)
+    train(data_root, tmp_path / "halves", *words, "--max_steps", "3")
+    train(data_root, tmp_path / "halves", *words, "--max_steps", "6")
+    for split in ("train", "val"):
+        assert metrics(tmp_path / "halves", split) == metrics(tmp_path / "whole", split)
+
+
+def test_auto_precision_is_decided_once(byte_data, tmp_path):
+    """config.yaml holds the decision, and a resume on a machine that decides otherwise says so."""
+    quiet = ["--model.vocab_size", "256", "--sample_every", "0", "--eval_every", "0"]
+    decided = select_precision("auto", torch.device("cpu"))
+    done = train(byte_data, tmp_path, *quiet, "--precision", "auto", "--max_steps", "1")
+    assert f"parameters, {decided}, " in done.stdout
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert settings["precision"] == decided and settings["compile"] is False
+    other = {"bf16": "float32", "float32": "bf16"}[decided]
+    done = train(byte_data, tmp_path, *quiet, "--precision", other, "--max_steps", "2")
+    assert f"changed: max_steps 1 -> 2; precision {decided} -> {other}" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of memory are Unix's")
+def test_out_of_memory_names_the_next_smaller_micro_batch(data_root, tmp_path):
+    """65,536 sequences do not fit into 8 GB; of the 131,072 of a step a third would not divide."""
+    words = ["-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY, "--model.n_embd", "256",
+             "--micro_batch_size", "65536", "--total_batch_size", str(2 * 65536 * 32), "--eval_every", "0",
+             "--sample_every", "0"]
+    limited = ["bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", *command(*map(str, words))]
+    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert_refused(done, "--micro_batch_size 65536", "pass --micro_batch_size 32768")
+    assert checkpoint.newest(tmp_path, print, resumable=True)[1]["step"] == 0
 
 
 def test_a_skipped_update_is_said(byte_data, tmp_path):

@@ -1,0 +1,63 @@
+"""Time to save a checkpoint; time and peak memory to load Hugging Face weights: python -m benchmarks.checkpoint"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from gpt import checkpoint, pretrained
+from gpt.config import SIZES, GPTConfig
+from gpt.model import GPT
+from gpt.optim import configure_optimizers
+
+# Run in a fresh process; on Linux /proc/self/status has the memory in use and its peak, in kB.
+LOAD = r"""
+import re, sys, time
+from gpt.model import GPT
+def kilobytes(name): return int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1])
+before, t0 = kilobytes("VmRSS"), time.perf_counter()
+model = GPT.from_pretrained(sys.argv[1])
+print(time.perf_counter() - t0, 1024 * (kilobytes("VmHWM") - before), 4 * model.num_parameters())
+"""
+
+
+def measure_load(folder: str | Path) -> tuple[float, float, float]:
+    """Load a folder in a fresh process; return seconds, growth of peak memory and size of the weights, in bytes."""
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=True)
+    seconds, peak, weights = map(float, done.stdout.split())
+    return seconds, peak, weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=list(SIZES), default="gpt2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=".", help="a folder on the disk to measure")
+    args = parser.parse_args()
+    model = GPT(GPTConfig(**SIZES[args.size]))
+    optimizers = configure_optimizers(model, "adamw", lr=1e-9, weight_decay=0.0, betas=(0.9, 0.95))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers[0].step()
+    scaler, seconds = torch.amp.GradScaler("cpu", enabled=False), []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for step in range(args.rounds):
+            t0 = time.perf_counter()
+            checkpoint.save(folder, model, optimizers, scaler, step=step)
+            seconds.append(time.perf_counter() - t0)
+        size = sum(path.stat().st_size for path in Path(folder).glob(f"*_{args.rounds - 1:05d}.pt"))
+    print(f"{args.size}: a checkpoint of {size / 1e6:,.0f} MB saves in {statistics.median(seconds):.2f} s "
+          f"({min(seconds):.2f} to {max(seconds):.2f})")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        pretrained.save({"model": model.state_dict(), "config": vars(model.config), "tokenizer": None}, Path(folder))
+        load_seconds, peak, weights = measure_load(folder)
+    print(f"{args.size}: {weights / 1e9:.2f} GB load in {load_seconds:.1f} s, peak memory {peak / weights:.2f} x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Time several ways to do the same thing in turn."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+
+def compare(title: str, unit: str, ways: dict[str, Callable[[], float]], rounds: int) -> None:
+    """Print the median of what each way returns, a rate in `unit`, and its ratio to the first way with its range.
+
+    In each round every way runs once: what else the machine does then slows all of them.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            rates[name].append(way())
+    print(f"{title}, {rounds} rounds")
+    for name, values in rates.items():
+        ratios = sorted(a / b for a, b in zip(values, next(iter(rates.values())), strict=True))
+        print(f"  {name:<26} {statistics.median(values):12,.2f} {unit}   ratio {statistics.median(ratios):.2f} "
+              f"({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+
+
+def python(*words: object) -> str:
+    """Run `python -m …` with this interpreter and return its standard output; if it fails, print why and exit."""
+    done = subprocess.run([sys.executable, "-m", *map(str, words)], text=True, capture_output=True)
+    return sys.exit(done.stderr) if done.returncode else done.stdout
+
+
+def bench(*words: object) -> float:
+    """Return the tokens/s of `python -m scripts.bench …`."""
+    return json.loads(python("scripts.bench", *words, "--json"))["rows"][0]["tokens_per_s"]
+
+
+def peer(*words: object) -> float:
+    """Return the tokens/s that `python -m …` prints as its last word."""
+    return float(python(*words).split()[-1])

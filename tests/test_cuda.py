@@ -1,0 +1,138 @@
+"""What only a CUDA GPU shows, on commands as typed: `make gpu-check`, or `python -m pytest -n0 -m cuda`."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt import checkpoint
+from gpt.config import GPTConfig
+from gpt.generation import generate
+from gpt.model import GPT
+from tests.conftest import ROOT, TINY, TINY_BYTES, assert_refused, command, environment, metrics
+
+pytestmark = [pytest.mark.cuda,
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU (make gpu-check)")]
+
+CONSTANT_LR = ["--warmup_steps", "0", "--min_lr_ratio", "1"]  # a shorter run is then the beginning of a longer one
+TOLERANCE = 2e-2  # of a loss near 10 in 16 bits: the order of a GPU's atomic additions differs from run to run
+
+
+def typed(*words) -> subprocess.CompletedProcess:
+    """Run a command in a process that has not inherited a CUDA context."""
+    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=200, capture_output=True,
+                          text=True)
+
+
+def train(data_root, log_dir, *words, launcher=("-m", "scripts.train")) -> str:
+    """Train the tiny model on the GPU and return what it printed; must succeed."""
+    done = typed(*launcher, "--data_root", data_root, "--log_dir", log_dir, *TINY, "--device", "cuda", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cuda" in done.stdout
+    return done.stdout
+
+
+def assert_same_losses(log_dir, other, train_steps, val_steps):
+    for split, steps in (("train", train_steps), ("val", val_steps)):
+        losses, expected = ({step: record["loss"] for step, record in metrics(folder, split).items()}
+                            for folder in (log_dir, other))
+        assert list(losses) == steps and losses == pytest.approx(expected, abs=TOLERANCE), split
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_resumed_run_repeats_the_losses(data_root, tmp_path, precision):
+    """Optimizer, data order and, in fp16, the loss scale come back. The model learns, and peak memory is logged."""
+    words = ["--precision", precision, "--compile", "false", "--eval_every", "3", "--sample_every", "0", *CONSTANT_LR]
+    train(data_root, tmp_path / "whole", *words, "--max_steps", "6")
+    train(data_root, tmp_path / "halves", *words, "--max_steps", "3")
+    assert "resuming from" in train(data_root, tmp_path / "halves", *words, "--max_steps", "6")
+    assert_same_losses(tmp_path / "halves", tmp_path / "whole", list(range(6)), [3, 6])
+    records = metrics(tmp_path / "whole", "train")
+    assert metrics(tmp_path / "whole", "val")[6]["loss"] < records[0]["loss"] - 0.3
+    assert all(0 < record["peak_memory_gb"] < 4 for record in records.values())
+    assert bool(checkpoint.read(tmp_path / "whole" / "optim_00006.pt")["scaler"]) == (precision == "fp16")
+
+
+def test_a_compiled_model_trains_the_same(data_root, tmp_path):
+    """With validation, samples and a resume in the run, with Muon."""
+    words = ["--precision", "bf16", "--eval_every", "2", "--sample_every", "2", "--optimizer", "muon", *CONSTANT_LR]
+    train(data_root, tmp_path / "plain", *words, "--max_steps", "4", "--compile", "false")
+    printed = train(data_root, tmp_path / "compiled", *words, "--max_steps", "2", "--compile", "true")
+    printed += train(data_root, tmp_path / "compiled", *words, "--max_steps", "4", "--compile", "true")
+    assert printed.count("--- sample at step") == 2 and printed.count("val loss") == 2
+    assert_same_losses(tmp_path / "compiled", tmp_path / "plain", list(range(4)), [2, 4])
+
+
+def test_torchrun_with_one_rank(data_root, tmp_path):
+    """The defaults for precision and compilation, under torchrun."""
+    train(data_root, tmp_path, "--max_steps", "2", "--eval_every", "1", "--sample_every", "2", "--precision", "auto",
+          launcher=("torchrun", "--standalone", "--nproc_per_node=1", "-m", "scripts.train"))
+    assert list(metrics(tmp_path, "train")) == [0, 1] and list(metrics(tmp_path, "val")) == [1, 2]
+
+
+def test_nccl_with_one_rank(tmp_path):
+    """DDP over NCCL, in a process of its own, gives the gradients of the plain model."""
+    done = typed("-c", f"from tests.test_cuda import ddp_step; ddp_step({str(tmp_path)!r}, 'nccl', 'cuda')")
+    assert done.returncode == 0, done.stderr
+
+
+def ddp_step(folder: str, backend: str, device_type: str) -> None:
+    """Assert that two micro-steps under DDP accumulate the gradients of one batch without it."""
+    device = torch.device(device_type, 0)
+    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1,
+                                         device_id=device if device_type == "cuda" else None)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32)).to(device)
+    x, y = torch.randint(256, (2, 8, 32), device=device)
+    model(x, y).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    ddp = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+    with ddp.no_sync():
+        (ddp(x[:4], y[:4]) / 2).backward()
+    (ddp(x[4:], y[4:]) / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    gathered = [None]
+    torch.distributed.all_gather_object(gathered, {"step": 3})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    assert gathered == [{"step": 3}]
+
+
+def test_generation_with_a_cache_writes_the_plain_formulas_tokens():
+    """Greedy, for prompts of different lengths: the KV cache changes the speed, not the text."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=32)).eval().to("cuda")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # logits that differ clearly
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    written = zip(*generate(model, prompts, 20, temperature=0), strict=True)
+    for prompt, tokens in zip(prompts, written, strict=True):
+        idx = torch.tensor([prompt], device="cuda")
+        with torch.no_grad():
+            for _ in range(20):
+                idx = torch.cat([idx, model(idx)[:, -1].argmax(-1, keepdim=True)], dim=1)
+        assert idx[0, len(prompt):].tolist() == list(tokens)
+
+
+def test_scripts_generate_in_both_dtypes(data_root, tmp_path):
+    """The command, with a checkpoint of a run on the GPU."""
+    train(data_root, tmp_path, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0", "--compile", "false")
+    for dtype in ("float32", "bfloat16"):
+        done = typed("-m", "scripts.generate", "--log_dir", tmp_path, "--prompt", "ROMEO:", "--num_samples", "2",
+                     "--max_new_tokens", "20", "--device", "cuda", "--dtype", dtype)
+        assert done.returncode == 0 and done.stdout.count("ROMEO:") == 2, done.stdout + done.stderr
+
+
+def test_out_of_memory_names_a_smaller_micro_batch_size(byte_data, tmp_path):
+    """8 million tokens per micro-batch at 1,024 dimensions need more than 300 GB; the first block alone exceeds 140."""
+    done = typed("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path, *TINY_BYTES, "--device",
+                 "cuda", "--compile", "false", "--model.n_embd", "1024", "--micro_batch_size", 2**18,
+                 "--total_batch_size", 2**23, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0")
+    assert_refused(done, "memory", "--micro_batch_size")
+    named = re.findall(r"--micro_batch_size\D+(\d+)", done.stderr)
+    assert any(int(number) < 2**18 for number in named), done.stderr
