@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpt.atomic import atomic_write
 from gpt.errors import UserError
+from gpt.files import atomic_write
 from gpt.shards import (
     count,
-    fitting_seq_len,
     is_complete,
+    longest_seq_len,
     open_shard,
     read_finished,
     read_meta,
@@ -28,8 +28,8 @@ from gpt.shards import (
     write_shard,
     write_tokenizer,
 )
-from gpt.tokenizer import get_tokenizer, token_bytes, train_tokenizer
-from scripts import command_line
+from gpt.tokenizer import get_tokenizer, token_lengths, train_tokenizer
+from scripts import cli
 
 # Tiny Shakespeare, as Andrej Karpathy put it together for char-rnn.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -47,14 +47,10 @@ SMALL_VOCABULARY = 2048  # tokens of the second tokenizer, for small models
 class PrepareConfig:
     """Settings of prepare_shakespeare.py."""
 
-    out: str = "shakespeare_data"
-    """folder for the shards"""
-    input: str | None = None
-    """a text file of your own, in UTF-8, instead"""
-    val_fraction: float = 0.1
-    """share for validation, at the end of the text"""
-    seq_len: int = 256
-    """tokens in a window; each split must hold one"""
+    out: str = "shakespeare_data"  # output folder
+    input: str | None = None  # UTF-8 text file to use instead of Shakespeare
+    val_fraction: float = 0.1  # fraction for validation, from the end of the text
+    seq_len: int = 256  # tokens per sequence; each split must hold one
 
 
 def main(config: PrepareConfig) -> None:
@@ -79,7 +75,7 @@ def main(config: PrepareConfig) -> None:
     splits = {"train": tokens[:n_train], "val": tokens[n_train:]}
     for split, part in splits.items():
         if len(part) <= config.seq_len:
-            fits = fitting_seq_len(len(part))
+            fits = longest_seq_len(len(part))
             shorter = f"or --seq_len {fits} here and in training" if fits else "even --seq_len 32 takes 33"
             raise UserError(f"{source} is too short: its {split} split has {len(part)} tokens, one window needs "
                             f"{config.seq_len + 1}; pass a longer text, {shorter}")
@@ -96,7 +92,7 @@ def write_data(out: Path, tokenizer: str, splits: dict[str, np.ndarray], source:
     """Write a shard for each split, and meta.json, unless `out` has them; raise UserError if it has others."""
     out.mkdir(exist_ok=True)
     encoding = get_tokenizer(tokenizer)
-    dtype, bytes_of = token_dtype(encoding.n_vocab), token_bytes(encoding)
+    dtype, bytes_of = token_dtype(encoding.n_vocab), token_lengths(encoding)
     meta = {
         "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name, "source": source,
         "splits": {split: {"tokens": len(part), "documents": 1, "bytes": int(bytes_of[part].sum())}
@@ -213,4 +209,4 @@ def play_text(markdown: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main, PrepareConfig)
+    cli.run_cli(main, PrepareConfig)

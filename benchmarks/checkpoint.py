@@ -10,10 +10,13 @@ from pathlib import Path
 
 import torch
 
-from gpt import checkpoint, pretrained
+from gpt import pretrained
+from gpt.checkpoint import CheckpointManager
 from gpt.config import SIZES, GPTConfig
+from gpt.distributed import Distributed
+from gpt.metrics import RunLog
 from gpt.model import GPT
-from gpt.optim import configure_optimizers
+from gpt.optim import configure_optimizer
 
 # Run in a fresh process; on Linux /proc/self/status has the memory in use and its peak, in kB.
 LOAD = r"""
@@ -40,15 +43,18 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="a folder on the disk to measure")
     args = parser.parse_args()
     model = GPT(GPTConfig(**SIZES[args.size]))
-    optimizers = configure_optimizers(model, "adamw", lr=1e-9, weight_decay=0.0, betas=(0.9, 0.95))
+    optimizer = configure_optimizer(model, "adamw", lr=1e-9, weight_decay=0.0, betas=(0.9, 0.95))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizers[0].step()
-    scaler, seconds = torch.amp.GradScaler("cpu", enabled=False), []
+    optimizer.step()
+    dist, seconds = Distributed(0, 1, torch.device("cpu")), []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        manager = CheckpointManager(folder, dist, RunLog(folder, dist))
+        manager.resume(model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                       {"tokenizer": None, "train_config": {}, "data": {}})
         for step in range(args.rounds):
             t0 = time.perf_counter()
-            checkpoint.save(folder, model, optimizers, scaler, step=step)
+            manager.save(step, torch.tensor(1.0), must_succeed=True)
             seconds.append(time.perf_counter() - t0)
         size = sum(path.stat().st_size for path in Path(folder).glob(f"*_{args.rounds - 1:05d}.pt"))
     print(f"{args.size}: a checkpoint of {size / 1e6:,.0f} MB saves in {statistics.median(seconds):.2f} s "

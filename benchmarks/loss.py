@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from benchmarks.compare import compare
 from gpt.config import GPTConfig
 from gpt.model import GPT
-from gpt.optim import configure_optimizers
+from gpt.optim import configure_optimizer
 
 
 def bench(title: str, config: GPTConfig, B: int, rounds: int, dtype: torch.dtype) -> None:
     """Compare whole training steps on B sequences under autocast to `dtype`."""
     torch.manual_seed(0)
     model = GPT(config)
-    (optimizer,) = configure_optimizers(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = configure_optimizer(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     tokens = torch.randint(config.vocab_size, (B, config.block_size + 1))
     x, y = tokens[:, :-1], tokens[:, 1:]
 

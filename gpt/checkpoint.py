@@ -1,12 +1,13 @@
 """Step-numbered checkpoints: save, find, verify, load, prune.
 
-`model_00250.pt` holds the weights after 250 updates with all that is needed to use them; `optim_00250.pt` holds what
-only resuming needs. The optimizer's half is written first, so a `model_*.pt` is there only when both are. Files
-hold tensors and plain Python values and are loaded with `weights_only=True`: a checkpoint never runs code.
+`model_00250.pt` holds the weights after 250 updates and everything needed to use them; `optim_00250.pt` holds what only
+resuming needs. The optimizer file is written first, so a `model_*.pt` exists only if both do. Files hold tensors and
+plain Python values and are loaded with `weights_only=True`: a checkpoint never runs code.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,130 +15,222 @@ from typing import Any
 import torch
 
 from gpt import pretrained
+from gpt.device import hardware_name
+from gpt.distributed import Distributed
 from gpt.errors import UserError
+from gpt.files import load_pt, save_pt
+from gpt.metrics import RunLog
 from gpt.model import GPT
-from gpt.serialization import read, write
+from gpt.optim import merge_state_dicts
 
-KEEP_OPTIMIZERS = 2  # an optimizer's state is twice the size of the weights; older ones are of no use
+MAX_OPTIM_FILES = 2  # an optimizer's state is twice the size of the weights, and only the newest is ever needed
 
 
-def save(log_dir: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, *,
-         step: int, **about: Any) -> Path:
-    """Write `optim_<step>.pt` and `model_<step>.pt`, remove optimizer halves that are too old; the model's path.
+class CheckpointManager:
+    """Saves a run's checkpoints to log_dir and resumes from the newest complete one. All ranks call every method.
 
-    about: see `save_model`. Raises OSError, and leaves what was there, where they cannot be written.
+    Raises UserError if log_dir has checkpoints and none is complete.
     """
-    log_dir = Path(log_dir)
-    path, optim_path = log_dir / f"model_{step:05d}.pt", log_dir / f"optim_{step:05d}.pt"
-    write(optim_path, {"step": step, "weights": fingerprint(model.state_dict()), "scaler": scaler.state_dict(),
-                       "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-    try:
-        save_model(path, model, step=step, **about)
-    except OSError:
-        if not path.exists():  # of no use alone, and the disk may be full
-            optim_path.unlink()
-        raise
-    halves = [half for half in log_dir.glob("optim_*.pt") if 0 <= step_of(half) <= step]
-    for old in sorted(halves, key=step_of)[:-KEEP_OPTIMIZERS]:
-        old.unlink()
-    return path
+
+    def __init__(self, log_dir: str | Path, dist: Distributed, log: RunLog):
+        self.log_dir, self.dist, self.log = Path(log_dir), dist, log
+        latest: tuple = load_latest(log_dir, log.print, require_optim=True) or (None, None, None)
+        self.last_saved, self.model_state, self.optim_state = latest
+        self.saved_step = self.model_state["step"] if self.model_state else -1
+
+    def resume(self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+               metadata: dict) -> int:
+        """Load what the newest checkpoint has for the optimizer and the scaler; return its step, 0 if there is none.
+
+        model: already with the checkpoint's weights. metadata: what every checkpoint is to hold besides weights, config
+        and step: `tokenizer`, `train_config` (plain values) and `data` (the data's fingerprint).
+        Raises UserError if the optimizer state or the data do not belong to this run.
+        """
+        self.model, self.optimizer, self.scaler, self.metadata = model, optimizer, scaler, metadata
+        if not self.model_state or not self.optim_state:
+            return 0
+        saved, step = self.model_state, self.saved_step
+        self.assert_same_data(saved.get("data") or {})
+        load_optimizer(self.optim_state, optimizer, scaler)
+        changed = diff_settings(saved.get("train_config") or {}, metadata["train_config"])
+        self.log.print(f"resuming from {self.last_saved} at step {step} of {metadata['train_config']['max_steps']}"
+                       + (f", changed: {changed}" if changed else ""))
+        self.model_state = self.optim_state = None  # gigabytes
+        return step
+
+    def assert_same_data(self, data: dict[str, str]) -> None:
+        """Raise UserError that names the shard if the run's data is not what the checkpoint was trained on."""
+        now = self.metadata["data"]
+        changed = [name for name in {**data, **now} if data and data.get(name) != now.get(name)]
+        if changed:
+            name, data_root = changed[0], self.metadata["train_config"]["data_root"]
+            raise UserError(f"data in {data_root!r} is not what {self.last_saved} was trained on ({name}: was "
+                            f"{data.get(name, 'missing')}, is {now.get(name, 'missing')}): restore it, or start a new "
+                            f"run from these weights with --init_from {self.last_saved} --log_dir NEW")
+
+    def save(self, step: int, next_loss: torch.Tensor, must_succeed: bool) -> None:
+        """Save the model after `step` updates with the optimizer's state, once; delete old optimizer files.
+
+        next_loss: a scalar, the model's loss on this rank's next batch: weights can be finite and so large that every
+        loss is NaN. If the disk is full, warn, unless the save `must_succeed`. Raises UserError, and saves nothing, if
+        the model has diverged or ranks have different weights.
+        """
+        if step == self.saved_step:
+            return
+        weight_norm = torch.nn.utils.get_total_norm(self.model.parameters())
+        for rank, (norm, loss) in enumerate(self.dist.gather(torch.stack([weight_norm, next_loss]))):
+            self.assert_finite(step, f"norm of the weights {norm}, next loss {loss} on rank {rank}", norm, loss)
+        checksum = weights_checksum(self.model.state_dict())
+        self.dist.assert_same({"weights_checksum": checksum}, f"a processor or its memory is faulty, nothing is saved; "
+                              f"resume from {self.last_saved} without that machine",
+                              group=hardware_name(self.dist.device))
+        path, optim_path = (self.log_dir / f"{name}_{step:05d}.pt" for name in ("model", "optim"))
+        error = None
+        if self.dist.is_master:
+            try:
+                self.log.sync()
+                save_pt(optim_path, {"step": step, "weights_checksum": checksum, "scaler": self.scaler.state_dict(),
+                                     "optimizer": self.optimizer.state_dict()})
+                save_model(path, self.model, step=step, **self.metadata)
+            except OSError as os_error:
+                error = os_error
+                if not path.exists():  # of no use alone, and the disk may be full
+                    optim_path.unlink(missing_ok=True)
+        if self.dist.any_rank(error is not None):
+            message = f"step {step} is not saved ({error}), the last checkpoint is {self.last_saved}"
+            if must_succeed:
+                raise UserError(f"{message}: free disk space, then the same command resumes from there")
+            self.log.print(f"warning: {message}; training continues to the next save")
+            return
+        self.last_saved, self.saved_step = path, step
+        self.log.print(f"saved {path}")
+        if self.dist.is_master:
+            optim_paths = [path for path in self.log_dir.glob("optim_*.pt") if 0 <= parse_step(path) <= step]
+            for old in sorted(optim_paths, key=parse_step)[:-MAX_OPTIM_FILES]:
+                old.unlink()
+
+    def save_best(self, step: int, val_loss: float) -> None:
+        """Save the model after `step` updates as model_best.pt; warn if the disk is full."""
+        if self.dist.is_master:
+            try:
+                save_model(self.log_dir / "model_best.pt", self.model, step=step, val_loss=val_loss, **self.metadata)
+            except OSError as error:
+                self.log.print(f"warning: model_best.pt is not saved ({error}): it is an earlier one or missing")
+
+    def assert_finite(self, step: int, description: str, *values: float) -> None:
+        """Raise UserError with the `description` of the values if one of them is infinite or NaN: the run diverged."""
+        if not all(map(math.isfinite, values)):
+            max_lr = self.metadata["train_config"]["max_lr"]
+            raise UserError(f"step {step}: {description}: the run has diverged and stops, nothing of it is saved; the "
+                            f"same command resumes from {self.last_saved}: give it a lower --max_lr (now {max_lr:g}), "
+                            f"more --warmup_steps or --grad_clip 1.0")
+
+    def check_update(self, step: int, losses: Sequence[float], grad_norm: float) -> None:
+        """Raise UserError if the update with index `step` has diverged; print if fp16 gradients overflowed.
+
+        losses: of every rank. An overflow is normal as long as the loss scale can be lowered: GradScaler skipped it.
+        """
+        for rank, loss in enumerate(losses):
+            where = f" on rank {rank}" if len(losses) > 1 else ""
+            self.assert_finite(step, f"loss {loss}{where}, gradient norm {grad_norm}", loss)
+        if self.scaler.is_enabled() and not math.isfinite(grad_norm) and self.scaler.get_scale() >= 1:
+            self.log.print(f"step {step}: no update, the gradients overflow in fp16; loss scale now "
+                           f"{self.scaler.get_scale():g}")
+        else:
+            self.assert_finite(step, f"gradient norm {grad_norm}", grad_norm)
 
 
-def save_model(path: Path, model: GPT, **about: Any) -> None:
-    """Write the weights and all that is needed to use them to `path`.
+def save_model(path: Path, model: GPT, **metadata: Any) -> None:
+    """Write the weights with everything needed to use them: `step`, `tokenizer`, `train_config`, and more if known.
 
-    about: `step`; `val_loss` of this very model, in nats per token, and `hellaswag`, its accuracies, or None where they
-    were not measured; `tokenizer`, its name or None; `train_config`, the settings of the run, and `train_windows`, the
-    size of its train split.
+    Raises OSError if the file cannot be written.
     """
-    write(path, {"model": model.state_dict(), "config": asdict(model.config), **about})
+    save_pt(path, {"model": model.state_dict(), "config": asdict(model.config), **metadata})
 
 
-def fingerprint(weights: dict[str, torch.Tensor]) -> int:
-    """A number that differs, all but surely, where any bit of the weights (float32) does; exact on every device."""
+def weights_checksum(weights: dict[str, torch.Tensor]) -> int:
+    """Return a number that differs, all but surely, if any bit of the weights (float32) does; exact on every device."""
     sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in weights.values()]
     return sum(place * value for place, value in enumerate(torch.stack(sums).tolist(), start=1)) % 2**63
 
 
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint file, -1 if there is none."""
+def parse_step(path: Path) -> int:
+    """Return the step in the name of a checkpoint file, -1 if there is none."""
     match = re.fullmatch(r"(?:model|optim)_(\d+)\.pt", path.name)
     return int(match[1]) if match else -1
 
 
-def load(source: str | Path) -> dict:
-    """A model with all that is known of it, on the CPU: from one of our `model_<step>.pt`, or in Hugging Face's format
+def load_checkpoint(source: str | Path) -> dict:
+    """Return a model with everything known of it, on the CPU: from a `model_<step>.pt`, or in Hugging Face's format
     from a folder or, by its name, from the hub (gpt/pretrained.py).
 
-    Raises UserError for what is missing, damaged, or does not make a model.
+    Raises UserError for a file that is missing, damaged, or does not make a model.
     """
     path = Path(source)
-    checkpoint = read(path) if path.is_file() or path.suffix == ".pt" else pretrained.load(source)
-    kinds = {"model": dict, "config": dict, "step": int, "tokenizer": str | None, "train_config": dict | None}
-    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+    checkpoint = load_pt(path) if path.is_file() or path.suffix == ".pt" else pretrained.load(source)
+    types = {"model": dict, "config": dict, "step": int, "tokenizer": str | None, "train_config": dict | None}
+    missing = [key for key, expected_type in types.items() if not isinstance(checkpoint.get(key), expected_type)]
     if missing:
         found = ", ".join(map(str, list(checkpoint)[:8]))
         raise UserError(f"checkpoint {path} is not one of ours: it has no valid {', '.join(missing)} (found: {found})")
     try:
         GPT.from_checkpoint(checkpoint)
-    except UserError as error:
+    except (UserError, ValueError) as error:  # a config that is refused; weights that do not match it
         raise UserError(f"checkpoint {source} {error}") from None
     return checkpoint
 
 
-def newest(log_dir: str | Path, report: Callable[[str], None],
-           resumable: bool = False) -> tuple[Path, dict, dict] | None:
-    """The newest complete checkpoint in `log_dir`: its path, its content, and the optimizer's half.
+def load_latest(log_dir: str | Path, report: Callable[[str], None],
+                require_optim: bool = False) -> tuple[Path, dict, dict] | None:
+    """Return the newest complete checkpoint in `log_dir`: its path, its content, and the optimizer's state.
 
-    The optimizer's half is {} unless `resumable` asks for checkpoints that have it. A file that is damaged, of
-    another step than its name says or of another run than its half is named through `report`, and the next older
-    one is tried. None if there are no checkpoints at all; UserError if there are some and none is complete, so that
-    nobody starts over by accident.
+    The optimizer's state is {} unless `require_optim` asks for checkpoints that have it. A file that is damaged, of
+    another step than its name says, or of another run than its optimizer file is reported, and the next older one is
+    tried. None if there are no checkpoints at all; UserError if there are some and none is complete, so that nobody
+    starts over by accident.
     """
-    found = [path for path in Path(log_dir).glob("model_*.pt") if step_of(path) >= 0]
-    for path in sorted(found, key=step_of, reverse=True):
-        half = path.with_name(path.name.replace("model", "optim"))
-        if resumable and not half.exists():
-            report(f"skipping {path}: {half.name} is not there, so it cannot be continued")
+    paths = [path for path in Path(log_dir).glob("model_*.pt") if parse_step(path) >= 0]
+    for path in sorted(paths, key=parse_step, reverse=True):
+        optim_path = path.with_name(path.name.replace("model", "optim"))
+        if require_optim and not optim_path.exists():
+            report(f"skipping {path}: {optim_path.name} is missing, so it cannot be resumed from")
             continue
         try:
-            model, optim = load(path), read(half) if resumable else {}
+            model, optim = load_checkpoint(path), load_pt(optim_path) if require_optim else {}
         except UserError as error:
             report(f"skipping: {error}")
             continue
-        if model["step"] != step_of(path):
-            report(f"skipping {path}: it is of step {model['step']}, not {step_of(path)}")
-        elif resumable and (optim.get("step"), optim.get("weights")) != (step_of(path), fingerprint(model["model"])):
-            report(f"skipping {path}: {half.name} was not saved with it")
+        checksum = optim.get("weights_checksum", optim.get("weights"))  # the key's name in older files
+        if model["step"] != parse_step(path):
+            report(f"skipping {path}: it is of step {model['step']}, not {parse_step(path)}")
+        elif require_optim and (optim.get("step"), checksum) != (parse_step(path), weights_checksum(model["model"])):
+            report(f"skipping {path}: {optim_path.name} was not saved with it")
         else:
             return path, model, optim
-    if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {str(log_dir)!r} can be used: pass another --log_dir "
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {str(log_dir)!r} can be used: pass another --log_dir "
                         f"for a new run, or move the damaged files away")
     return None
 
 
-def load_optimizers(optim: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
-    """Continue with the momenta of a checkpoint's optimizer half; learning rate, decay and betas stay as they are set.
+def load_optimizer(saved: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Load the state of an `optim_<step>.pt`; learning rate, weight decay and betas stay as they are set.
 
-    Raises UserError where they belong to other optimizers.
+    Raises UserError if it belongs to another optimizer.
     """
     try:
-        for optimizer, saved in zip(optimizers, optim["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]
-            if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
-                raise ValueError("other groups of parameters")
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        if optim["scaler"]:
-            scaler.load_state_dict(optim["scaler"])
+        state_dict = saved["optimizer"] if "optimizer" in saved else merge_state_dicts(saved["optimizers"])
+        groups = optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in groups] != [group["params"] for group in state_dict["param_groups"]]:
+            raise ValueError("other groups of parameters")
+        optimizer.load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"the optimizer state of step {optim.get('step')} does not fit ({error}): pass the --optimizer "
+        raise UserError(f"the optimizer state of step {saved.get('step')} does not fit ({error}): pass the --optimizer "
                         f"that the run began with, or start a new one with --init_from and another --log_dir") from None
 
 
-def changed_settings(checkpoint: dict, settings: dict, train_windows: int) -> str:
-    """The settings of a run, and the size of its data, that differ from the checkpoint's, in words; "" if none do."""
-    before = {"windows of the train split": checkpoint.get("train_windows", train_windows),
-              **(checkpoint.get("train_config") or {})}
-    now = {**settings, "windows of the train split": train_windows}
-    return "; ".join(f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value)
+def diff_settings(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return the settings that differ, with both values, as text; "" if none do."""
+    return "; ".join(f"{key} {old[key]} -> {value}" for key, value in new.items() if old.get(key, value) != value)

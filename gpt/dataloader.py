@@ -1,4 +1,4 @@
-"""DataLoaderLite: which tokens are in which batch, as a pure function of (seed, step)."""
+"""DataLoaderLite: which tokens are in which batch, as a pure function of (seed, step, micro_step)."""
 
 from pathlib import Path
 
@@ -6,41 +6,41 @@ import numpy as np
 import torch
 
 from gpt.errors import UserError
-from gpt.shards import find_shards, fitting_seq_len, open_shard
+from gpt.shards import find_shards, longest_seq_len, open_shard
 
 
-def shuffled(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n) sends each `index` (1-D, values below n); int64.
+def permute_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return where a pseudo-random permutation of range(n) sends each `index` (1-D, values below n); int64.
 
     A Feistel network (Luby and Rackoff 1988) permutes the numbers below the next power of four without a table, so
-    an order of ten billion windows costs no memory and no start-up time; numbers that land at n or above are sent
+    an order of ten billion sequences costs no memory and no start-up time; numbers that land at n or above are sent
     on until they fall below it ("cycle walking", Black and Rogaway 2002), which keeps it a permutation of range(n).
     """
     keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64)
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
+    half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
     out = index.astype(np.uint64)
-    walking = np.ones(len(out), dtype=bool)
-    while walking.any():
-        left, right = out[walking] >> half, out[walking] & mask
+    out_of_range = np.ones(len(out), dtype=bool)
+    while out_of_range.any():
+        left, right = out[out_of_range] >> half_bits, out[out_of_range] & mask
         for key in keys:  # mixing constants of splitmix64 (Steele et al. 2014)
             mixed = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
-        out[walking] = (left << half) | right
-        walking = out >= n
+        out[out_of_range] = (left << half_bits) | right
+        out_of_range = out >= n
     return out.astype(np.int64)
 
 
 class DataLoaderLite:
-    """Batches of windows from the shards of one split.
+    """Batches of sequences from the shards of one split.
 
-    A window is `seq_len` tokens with the next tokens as targets; every shard is cut into windows from its start.
-    Epoch e visits each window once in an order given by (seed, e). Step s takes the next
-    `total_batch_size / seq_len` windows, shared out over micro-steps and ranks, so the tokens of a step depend on
-    (seed, s) alone. `micro_batch` counts the batches that this rank has taken: setting it moves the loader.
+    A sequence is `seq_len` input tokens; the targets are the inputs shifted by one. Every shard is cut into sequences
+    from its start. Epoch e visits each sequence once, in an order given by (seed, e). Step s takes the next
+    `total_batch_size / seq_len` sequences, split across micro-steps and ranks: the tokens of a step depend on (seed, s)
+    alone, and the loader has no position of its own.
 
-    Raises UserError for shards that are missing, unreadable or shorter than one window, for a batch that does not
+    Raises UserError for shards that are missing, unreadable or shorter than one sequence, for a batch that does not
     divide, and, when they are read, for token ids outside the vocabulary.
     """
 
@@ -50,51 +50,50 @@ class DataLoaderLite:
         self.micro_batch_size, self.seq_len, self.vocab_size, self.seed = micro_batch_size, seq_len, vocab_size, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.grad_accum_steps = grad_accum_steps(total_batch_size, micro_batch_size, seq_len, world_size)
-        self.micro_batch = 0
         self.paths = find_shards(data_root, split)
         self.shards = [open_shard(path) for path in self.paths]
-        windows = [max(len(shard) - 1, 0) // seq_len for shard in self.shards]  # the last may be too short for one
-        if not any(windows):
+        n_sequences = [max(len(shard) - 1, 0) // seq_len for shard in self.shards]  # the last may be too short for one
+        if not any(n_sequences):
             longest, length = max(enumerate(map(len, self.shards)), key=lambda item: item[1])
-            fits = fitting_seq_len(length)
-            raise UserError(f"shard {self.paths[longest]} has {length} tokens: one window needs seq_len + 1 = "
+            fits = longest_seq_len(length)
+            raise UserError(f"shard {self.paths[longest]} has {length} tokens: one sequence needs seq_len + 1 = "
                             f"{seq_len + 1}; " + (f"pass --seq_len {fits}, as --seq_len auto does" if 0 < fits < seq_len
                                                   else "lower --seq_len") + ", or prepare more text")
-        self.first_window = np.cumsum([0, *windows])  # (shards + 1,): global number of each shard's first window
-        self.n_windows = int(self.first_window[-1])
+        self.shard_offsets = np.cumsum([0, *n_sequences])  # (shards + 1,): index of each shard's first sequence
+        self.n_sequences = int(self.shard_offsets[-1])
 
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next micro-batch of this rank: (x, y), each (B, T) int64 on the loader's device."""
-        micro_batches = self.micro_batch * self.world_size + self.rank  # all that come before it, on all ranks
-        position = micro_batches * self.micro_batch_size + np.arange(self.micro_batch_size)
-        self.micro_batch += 1
-        return self.read(self.window_at(position))
+    def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's micro-batch: (x, y), each (B, T) int64 on the loader's device."""
+        micro_batches = (step * self.grad_accum_steps + micro_step) * self.world_size + self.rank  # before this one
+        positions = micro_batches * self.micro_batch_size + np.arange(self.micro_batch_size)
+        return self.load_batch(self.sequence_at(positions))
 
-    def window_at(self, position: np.ndarray) -> np.ndarray:
-        """The window at each position (B,) of the run's endless sequence of epochs."""
-        epoch, index = np.divmod(position, self.n_windows)
-        window = np.empty_like(index)
-        for e in np.unique(epoch):
-            window[epoch == e] = shuffled(index[epoch == e], self.n_windows, self.seed, int(e))
-        return window
+    def sequence_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the sequence at each position (B,) of the run's endless succession of epochs."""
+        epochs, index = np.divmod(positions, self.n_sequences)
+        sequences = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            sequences[chosen] = permute_index(index[chosen], self.n_sequences, self.seed, int(epoch))
+        return sequences
 
-    def eval_windows(self, eval_tokens: int) -> list[np.ndarray]:
-        """This rank's share of the first `eval_tokens` tokens (at least one window), unshuffled, each window once: a
-        batch of windows for `read` after the other.
+    def eval_batches(self, eval_tokens: int) -> list[np.ndarray]:
+        """Return this rank's part of the first `eval_tokens` tokens (at least one sequence), in order and each sequence
+        once, as batches for `load_batch`.
 
         The last batch may be smaller, and ranks may have different numbers of batches, so losses must be weighted by
         their tokens and summed over ranks.
         """
-        count = min(max(eval_tokens // self.seq_len, 1), self.n_windows)
-        mine = np.arange(self.rank, count, self.world_size)
-        return [mine[start:start + self.micro_batch_size] for start in range(0, len(mine), self.micro_batch_size)]
+        count = min(max(eval_tokens // self.seq_len, 1), self.n_sequences)
+        sequences = np.arange(self.rank, count, self.world_size)
+        return [sequences[i:i + self.micro_batch_size] for i in range(0, len(sequences), self.micro_batch_size)]
 
-    def read(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of the given windows (B,) as (x, y), each (B, T) int64 on the loader's device."""
-        rows = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
-        for row, window in zip(rows, windows, strict=True):
-            shard = np.searchsorted(self.first_window, window, side="right") - 1
-            start = (window - self.first_window[shard]) * self.seq_len
+    def load_batch(self, sequences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens of the given sequences (B,) as (x, y), each (B, T) int64 on the loader's device."""
+        rows = np.empty((len(sequences), self.seq_len + 1), dtype=np.int64)
+        for row, sequence in zip(rows, sequences, strict=True):
+            shard = np.searchsorted(self.shard_offsets, sequence, side="right") - 1
+            start = (sequence - self.shard_offsets[shard]) * self.seq_len
             row[:] = self.shards[shard][start:start + self.seq_len + 1]
             if row.min() < 0 or row.max() >= self.vocab_size:
                 at = np.flatnonzero((row < 0) | (row >= self.vocab_size))[0]
@@ -109,9 +108,9 @@ class DataLoaderLite:
 
 
 def grad_accum_steps(total_batch_size: int | None, micro_batch_size: int, seq_len: int, world_size: int) -> int:
-    """Micro-steps per rank that make up a step of `total_batch_size` tokens (None: one micro-step).
+    """Return the micro-steps per rank that make up a step of `total_batch_size` tokens (None: one micro-step).
 
-    Raises UserError where it is not a whole number, with values that would do.
+    Raises UserError, with values that would do, if it is not a whole number.
     """
     for name, value in (("micro_batch_size", micro_batch_size), ("seq_len", seq_len),
                         ("total_batch_size", total_batch_size)):
@@ -123,8 +122,8 @@ def grad_accum_steps(total_batch_size: int | None, micro_batch_size: int, seq_le
     if total_batch_size % tokens:
         below = total_batch_size // tokens * tokens
         nearest = " or ".join(str(value) for value in (below, below + tokens) if value)
-        windows, rest = divmod(total_batch_size, seq_len * world_size)
-        fits = [] if rest else [b for b in range(min(micro_batch_size, windows), 0, -1) if windows % b == 0]
+        sequences, rest = divmod(total_batch_size, seq_len * world_size)
+        fits = [] if rest else [b for b in range(min(micro_batch_size, sequences), 0, -1) if sequences % b == 0]
         smaller = f", or --micro_batch_size {fits[0]}" if fits else ""
         raise UserError(f"total_batch_size {total_batch_size} is not divisible by micro_batch_size x seq_len x "
                         f"world_size = {micro_batch_size} x {seq_len} x {world_size} = {tokens}: "

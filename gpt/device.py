@@ -90,13 +90,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
         text in str(error) for text in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
-def disable_malloc_trim() -> None:
-    """Make glibc keep the memory of freed tensors for the next step; other C libraries are left as they are.
+def tune_device(device: torch.device) -> None:
+    """Allow TF32 for what is left in float32 on CUDA; on a CPU make glibc keep the memory of freed tensors.
 
-    By default large blocks return to the system and the next step waits for fresh pages: with this, CPU training is 10
-    to 30% faster at 5% more memory.
+    By default glibc returns large blocks to the system and the next step waits for fresh pages: without that, training
+    is 10 to 30% faster at 5% more memory. Other C libraries are left as they are.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block from the system by itself
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block from the system by itself
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap

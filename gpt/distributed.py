@@ -3,8 +3,9 @@
 import contextlib
 import datetime
 import os
+import re
+import signal
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ import torch.distributed
 
 from gpt.device import select_device
 from gpt.errors import UserError
-from gpt.roll_call import RollCall
 
 
 @dataclass
@@ -24,128 +24,146 @@ class Distributed:
     rank: int
     world_size: int
     device: torch.device
-    roll_call: RollCall | None = None
+    rank_timeout: float = 600  # seconds
+    launcher: int = 0  # process id of torchrun
+    control_group: torch.distributed.ProcessGroup | None = None  # gloo, for everything but gradients
 
     @property
     def is_master(self) -> bool:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
-    def all_gather(self, values: torch.Tensor) -> list[list[float]]:
-        """The `values` (n,) of every rank, known on each of them: world_size lists. Waits for the device."""
+    def wait(self) -> None:
+        """Wait until every rank has come this far; after `rank_timeout` seconds rank 0 raises and names the others.
+
+        Call it before a collective, in which a rank that hangs would make the others hang, too.
+        """
+        if self.world_size > 1:
+            if os.getppid() != self.launcher:
+                raise UserError("torchrun has exited: the same command resumes from the last checkpoint")
+            torch.distributed.monitored_barrier(self.control_group, datetime.timedelta(seconds=self.rank_timeout),
+                                                wait_all_ranks=True)
+
+    def gather(self, values: torch.Tensor) -> list[list[float]]:
+        """Return the `values` (n,) of every rank, world_size lists, on each of them. Waits for the device."""
         if self.world_size == 1:
             return [values.tolist()]
-        table = torch.zeros(self.world_size, len(values), dtype=values.dtype, device=self.device)
-        table[self.rank] = values
-        torch.distributed.all_reduce(table)  # each row is zero on all ranks but one
-        rows = table.tolist()
-        self.progress()
-        return rows
+        values = values.cpu()
+        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        self.wait()
+        torch.distributed.all_gather(gathered, values, self.control_group)
+        return [row.tolist() for row in gathered]
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank; every rank must ask."""
-        return any(vote for vote, in self.all_gather(torch.tensor([float(flag)])))
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank; every rank must ask."""
+        return any(vote for vote, in self.gather(torch.tensor([float(flag)])))
 
-    def progress(self) -> None:
-        """Say that this rank is at work, where it meets the others only after a long time."""
-        if self.roll_call:
-            self.roll_call.progress()
-
-    def barrier(self) -> None:
-        """Wait until every rank has come this far."""
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` (plain Python values) on every rank."""
+        values = [value]
         if self.world_size > 1:
-            torch.distributed.barrier()
+            self.wait()
+            torch.distributed.broadcast_object_list(values, 0, self.control_group)
+        return values[0]
 
-    def check_same(self, mine: dict[str, Any], advice: str, alike: str = "") -> None:
-        """Raise UserError, with the rank, the entry and `advice`, unless all ranks have the same values in `mine`:
-        all of those with the same `alike`, that is."""
+    def assert_same(self, values: dict[str, Any], advice: str, group: str = "") -> None:
+        """Raise UserError, with the rank, the name and `advice`, unless all ranks of the same `group` have the same
+        `values`."""
         if self.world_size == 1:
             return
-        everyone: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(everyone, (alike, mine))
-        self.progress()
-        first: dict[str, int] = {}
-        for rank, (kind, theirs) in enumerate(everyone):
-            other = first.setdefault(kind, rank)
-            for name, value in theirs.items():
-                if value != (expected := everyone[other][1].get(name)):
+        gathered: list[Any] = [None] * self.world_size
+        self.wait()
+        torch.distributed.all_gather_object(gathered, (group, values), self.control_group)
+        first: dict[str, int] = {}  # rank that stands for its group
+        for rank, (rank_group, rank_values) in enumerate(gathered):
+            other = first.setdefault(rank_group, rank)
+            for name, value in rank_values.items():
+                if value != (expected := gathered[other][1].get(name)):
                     raise UserError(f"rank {rank} has {name} {value}, rank {other} has {expected}: {advice}")
 
 
 @contextlib.contextmanager
-def joined(device: str, rank_timeout: float) -> Iterator[Distributed]:
-    """Choose this process's device, and be one of the process group if torchrun started several.
+def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
+    """Select this rank's device and, under torchrun, initialize the process group: NCCL on CUDA, gloo on the CPU.
 
-    `device`: "auto" takes CUDA, else MPS, else the CPU; any other name is taken as PyTorch knows it. Several
-    processes talk over NCCL on CUDA and over gloo on the CPU; where they do not meet for `rank_timeout` seconds the
-    run ends with the names of those that are missing. Of the exceptions of several ranks one is raised and the other
-    ranks end in silence, see `RollCall.blame`. Raises UserError for a device that is not there.
+    device: see `gpt.device.select_device`. rank_timeout: seconds that ranks wait for one another. If several ranks
+    fail, the first raises its exception and the others exit silently. Raises UserError for a device that is missing.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    chosen = select_device(device)
     if world_size == 1:
-        yield Distributed(rank, world_size, chosen)
+        yield Distributed(rank, world_size, select_device(device))
         return
-    if device == "auto" and chosen.type == "mps":
-        chosen = torch.device("cpu")
-    if chosen.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
-                            f"use --nproc_per_node={torch.cuda.device_count()}")
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-    elif chosen.type != "cpu":
-        raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
-    # PyTorch's own timeout would end the process with less to say: it is left behind ours.
-    timeout = datetime.timedelta(seconds=min(rank_timeout, 1e8) + 60)
+    rank_device, launcher = select_rank_device(device, local_rank, world_size), os.getppid()
+    # Rank 0 names ranks that hang after rank_timeout; what PyTorch itself says of them comes later and says less.
+    timeout = datetime.timedelta(seconds=min(rank_timeout, 1e8) + 10)
     try:
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        store = next(torch.distributed.rendezvous("env://", timeout=timeout))[0]
+        # torchrun keeps one store for all restarts, with the addresses of dead processes in it.
+        store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set(f"rank {rank}", "")
+        store.wait([f"rank {r}" for r in range(world_size)], datetime.timedelta(seconds=rank_timeout))
     except torch.distributed.DistError as error:
-        raise UserError(f"the {world_size} processes cannot meet at {os.environ.get('MASTER_ADDR')}:"
+        with contextlib.suppress(torch.distributed.DistError, UnboundLocalError):
+            missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
+            raise UserError(f"rank {', '.join(missing)} of {world_size} has not started within {rank_timeout:g} s, see "
+                            f"--rank_timeout") from None
+        raise UserError(f"the {world_size} ranks cannot meet at {os.environ.get('MASTER_ADDR')}:"
                         f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]})") from None
-    store = meet(store, rank, world_size, rank_timeout)
-    roll_call = RollCall(store, rank, world_size, rank_timeout)
     try:
-        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, store=store,
-                                             rank=rank, world_size=world_size,
-                                             device_id=chosen if chosen.type == "cuda" else None)
-        yield Distributed(rank, world_size, chosen, roll_call)
+        is_cuda = rank_device.type == "cuda"
+        torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, store=store, rank=rank,
+                                             world_size=world_size, device_id=rank_device if is_cuda else None)
+        control_group: Any = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        yield Distributed(rank, world_size, rank_device, rank_timeout, launcher, control_group)
     except Exception as error:
-        if (to_raise := roll_call.blame(error)) is error:
+        if (to_raise := first_failure(error, store, world_size, rank_timeout)) is error:
             raise
         raise to_raise from None
-    roll_call.over = True
     torch.distributed.destroy_process_group()
 
 
-def meet(store: torch.distributed.Store, rank: int, world_size: int, timeout: float) -> torch.distributed.Store:
-    """Wait until all ranks have started, and return a part of `store` that is only theirs.
+def select_rank_device(device: str, local_rank: int, world_size: int) -> torch.device:
+    """Return the device of one of several ranks on this machine. Raises UserError if it cannot have one of its own."""
+    selected = select_device(device)
+    if device == "auto" and selected.type == "mps":
+        return torch.device("cpu")
+    if selected.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
+                            f"use --nproc_per_node={torch.cuda.device_count()}")
+        selected = torch.device("cuda", local_rank)
+        torch.cuda.set_device(selected)
+    elif selected.type != "cpu":
+        raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
+    return selected
 
-    torchrun keeps one store for all its restarts, and in it the addresses of processes that are dead: a restarted rank
-    that reads them waits for ever. Its restart count cannot tell the starts apart, as each machine counts its own.
-    So rank 0 makes up a name and hands it to whoever asks, until every rank has used that name to say that it heard.
 
-    Raises UserError that names the ranks that have not come within `timeout` seconds.
+def first_failure(error: Exception, store: torch.distributed.Store, world_size: int,
+                  rank_timeout: float) -> BaseException:
+    """Return what this rank raises for `error`: itself or, in plain words, which rank does not answer, if this rank is
+    the first to fail; SystemExit, which prints nothing, if it is not.
+
+    If a collective only reports a lost connection, torchrun names the process that died first: wait for that.
     """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout
-    store.set(f"ask {rank}", mine)
-    if rank > 0:
-        while not store.check([f"answer {mine}"]):
-            if time.monotonic() > deadline:
-                raise UserError(f"rank 0 of {world_size} has not started within {timeout:g} s, see --rank_timeout")
-            time.sleep(0.05)
-        name = store.get(f"answer {mine}").decode()
-        store.set(f"{name} heard by {rank}", "")
-        return torch.distributed.PrefixStore(name, store)
-    missing = set(range(1, world_size))
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"ask {other}"]):  # perhaps that of a dead one: it will not say that it heard
-                store.set("answer " + store.get(f"ask {other}").decode(), mine)
-        missing = {other for other in missing if not store.check([f"{mine} heard by {other}"])}
-        if time.monotonic() > deadline:
-            raise UserError(f"rank {', '.join(map(str, sorted(missing)))} of {world_size} has not started within "
-                            f"{timeout:g} s, see --rank_timeout")
-        time.sleep(0.05)
-    return torch.distributed.PrefixStore(mine, store)
+    silent = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error))
+    lost_contact = isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier")) or isinstance(
+        error, torch.distributed.DistError)
+    if lost_contact and not silent:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends this process, unless something else started it
+        time.sleep(10)
+    try:
+        is_first = store.add("failures", 1) == 1
+    except torch.distributed.DistError:  # the store has gone with torchrun
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
+        time.sleep(1)  # until the first one has printed its error
+        return SystemExit(1)
+    if silent:
+        return UserError(f"rank {silent[1].strip(', ')} of {world_size} does not answer: it died, or hung for "
+                         f"{rank_timeout:g} s (--rank_timeout); the same command resumes from the last checkpoint")
+    if lost_contact:
+        return UserError(f"lost contact with another rank ({' '.join(str(error).split())[:200]}); the same command "
+                         f"resumes from the last checkpoint")
+    return error

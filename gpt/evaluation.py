@@ -5,44 +5,43 @@ import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tiktoken
 import torch
 
 from gpt.distributed import Distributed
 from gpt.errors import UserError
 from gpt.loss import token_losses
 from gpt.model import GPT
+from gpt.tokenizer import token_lengths
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-             autocast: contextlib.AbstractContextManager, dist: Distributed,
-             bytes_of: torch.Tensor) -> tuple[float, float | None]:
-    """Mean loss in nats per token, and in bits per byte, over the (x, y) `batches` of all ranks; every token has the
-    same weight. Bits per byte compare models with different tokenizers; None where the text has no bytes.
+def evaluate_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+                  autocast: contextlib.AbstractContextManager, dist: Distributed,
+                  encoding: tiktoken.Encoding | None) -> tuple[float, float | None]:
+    """Return the mean loss in nats per token, and in bits per byte, over the (x, y) `batches` of all ranks.
 
-    bytes_of: (vocab_size,) bytes of text that each token stands for, see `gpt.tokenizer.token_bytes`.
+    Every token has the same weight. Bits per byte compare models with different tokenizers; None without `encoding`.
     Call it with the uncompiled model: switching a compiled one to evaluation mode would compile it again.
     """
     was_training = model.training
     model.eval()
-    losses, counts, sizes = [], [], []
+    lengths = torch.from_numpy(token_lengths(encoding, model.config.vocab_size) if encoding else
+                               np.zeros(model.config.vocab_size, dtype=np.int64)).to(dist.device)  # (vocab_size,)
+    rows = []
     for x, y in batches:
         with autocast:
-            losses.append(model(x, y))
-        counts.append(y.numel())
-        sizes.append(bytes_of[y].sum())
+            loss = model(x, y)
+        rows.append(torch.stack([loss * y.numel(), torch.full_like(loss, y.numel()), lengths[y].sum()]))
     model.train(was_training)
     # Sums in float64 on the CPU; a rank with no batch at all adds nothing.
-    means = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
-    tokens = torch.tensor(counts, dtype=torch.float64)
-    mine = torch.stack(sizes).sum().cpu().double() if sizes else torch.zeros((), dtype=torch.float64)
-    nats, n_tokens, n_bytes = map(sum, zip(*dist.all_gather(torch.stack([means @ tokens, tokens.sum(), mine])),
-                                           strict=True))
+    sums = torch.stack(rows).cpu().double().sum(0) if rows else torch.zeros(3, dtype=torch.float64)
+    nats, n_tokens, n_bytes = map(sum, zip(*dist.gather(sums), strict=True))
     return nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else None
 
 
 @torch.no_grad()
-def sliding_losses(model: GPT, tokens: np.ndarray, stride: int,
+def sliding_window_losses(model: GPT, tokens: np.ndarray, stride: int,
                    batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (losses, targets): the cross-entropies, in nats, of `tokens` (1-D ids) in their order, and their ids.
 

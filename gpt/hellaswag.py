@@ -195,7 +195,6 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
             choices[index] = scores.argmin(1)
             accuracies = (choices == labels[:, None]).sum(0) / (choices[:, 0] >= 0).sum()
             bar.set_postfix_str("acc {:.4f}, acc_norm {:.4f}".format(*accuracies.tolist()), refresh=False)
-            dist.progress()
             if stopped():
                 raise InterruptedError
 
@@ -203,7 +202,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
             predict(model, encoding, mine, BATCH_TOKENS.get(dist.device.type, 8192), dtype, report)
     model.train(was_training)
     right = (choices == labels[:, None]).sum(0).tolist()
-    counts = dist.all_gather(torch.tensor([*right, len(mine), stopped()], dtype=torch.float32))
+    counts = dist.gather(torch.tensor([*right, len(mine), stopped()], dtype=torch.float32))
     right_sum, right_mean, n, stops = (round(sum(column)) for column in zip(*counts, strict=True))
     if stops:
         return None

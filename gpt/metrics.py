@@ -1,184 +1,274 @@
-"""A run's log: console lines, a progress bar on a terminal, metrics.jsonl, samples.txt, and TensorBoard or
-Weights & Biases if they are asked for."""
+"""A run's log: console lines or a progress bar, metrics.jsonl, samples.txt, TensorBoard, Weights & Biases."""
 
+import importlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
+import yaml
 from tqdm import tqdm
 
-from gpt.atomic import atomic_write
-from gpt.dashboards import Dashboards
-from gpt.red_flags import red_flags
+from gpt.dataloader import DataLoaderLite
+from gpt.device import DTYPES
+from gpt.diagnostics import diagnose
+from gpt.distributed import Distributed
+from gpt.errors import UserError
+from gpt.files import atomic_write, read_metrics
+from gpt.flops import flops_per_token, peak_flops
+from gpt.model import GPT
+
+SAMPLE_HEADER = re.compile(r"^--- sample at step (\d+) ---$", re.MULTILINE)
 
 
 class RunLog:
-    """Writes what happens in a run; on ranks other than 0 (`enabled` false) every method does nothing.
+    """Logs a run, and is its memory of what has been evaluated: metrics.jsonl, read by rank 0 and told to all.
 
-    On a terminal a bar shows the newest losses, tokens per second and the time left; elsewhere steps are lines.
-    Raises UserError where TensorBoard or Weights & Biases are asked for and not installed.
+    All ranks call every method and have the same state; only rank 0 prints and writes. On a terminal a progress bar
+    replaces the step lines.
     """
 
-    def __init__(self, log_dir: str | Path, enabled: bool, tensorboard: bool = False, wandb_project: str | None = None):
-        self.folder, self.enabled = Path(log_dir), enabled
+    def __init__(self, log_dir: str | Path, dist: Distributed):
+        self.folder, self.dist = Path(log_dir), dist
         self.path, self.samples_path = self.folder / "metrics.jsonl", self.folder / "samples.txt"
         self.bar: tqdm | None = None
-        self.size, self.unwritten = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
+        self.size, self.pending_lines = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
         self.train: list[dict] = []  # the newest records of the split
-        self.val: list[dict] = []  # all
+        self.evaluations: list[dict] = []  # all of val, hellaswag and samples
         self.warned: set[str] = set()
-        self.dashboards = Dashboards(self.folder, enabled and tensorboard, wandb_project if enabled else None,
-                                     self.print)
+        self.patience = 0
+        self.writer: Any = None  # TensorBoard's
+        self.wandb: Any = None
 
-    def start(self, step: int, settings: dict, evaluated: bool = True) -> tuple[float, int]:
-        """Open the log of a run with these settings at `step`.
+    def start(self, step: int, config: Any, settings: dict, model: GPT, train_loader: DataLoaderLite) -> None:
+        """Open the log of a run at `step`, and forget what a killed run had logged after its last checkpoint.
 
-        What a killed run had logged beyond its last checkpoint is dropped: it is about to happen again, and so are the
-        evaluations after `step` updates unless that model has been `evaluated`.
-
-        Returns the lowest validation loss so far, infinity in a new run, and how many validations came after it.
+        config: the resolved `scripts.train.TrainConfig`; settings: the same as plain values, for config.yaml. Raises
+        UserError if TensorBoard or Weights & Biases are asked for and cannot be used.
         """
-        if not self.enabled:
-            return math.inf, 0
-        records = [r for r in read_metrics(self.path) if r["step"] < step + (evaluated and r["split"] != "train")]
-        with atomic_write(self.path) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        dist = self.dist
+        self.config, self.first_step, self.patience = config, step, config.patience
+        self.vocab_size = model.config.vocab_size
+        self.epoch_tokens = train_loader.n_sequences * config.seq_len
+        step_tokens = config.total_batch_size
+        self.step_flops = step_tokens * flops_per_token(model.config, model.num_parameters(), config.seq_len)
+        peak, source = peak_flops(dist.device, DTYPES[config.precision])
+        self.peak_flops = peak * dist.world_size
+        self.print(f"{model.num_parameters():,} parameters, {config.precision}, a step is "
+                   f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
+                   + (f" on each of {dist.world_size} ranks" if dist.world_size > 1 else "")
+                   + f", MFU of {peak / 1e12:.3g} TFLOP/s ({source})")
+        if dist.is_master:
+            self._read(step)
+            if step < config.max_steps:
+                with atomic_write(self.folder / "config.yaml") as file:
+                    file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+                self._start_trackers(step, settings)
+                if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
+                    self.bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True)
+        self.evaluations = dist.broadcast(self.evaluations)
+        if config.compile and step < config.max_steps:
+            self.print("torch.compile works during the first step, which takes a minute or more")
+
+    def _read(self, step: int) -> None:
+        """Load the records of a run that resumes at `step`: updates before it, evaluations of its model and earlier."""
+        records = read_metrics(self.path)
+        kept = [r for r in records if r["step"] < step + (r["split"] != "train")]
+        if kept != records or not self.path.exists() or not self.path.read_bytes().endswith(b"}\n"):
+            with atomic_write(self.path) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self.size = self.path.stat().st_size
+        self.train = [record for record in kept if record["split"] == "train"]
+        self.evaluations = [record for record in kept if record["split"] != "train"]
         if self.samples_path.exists():
             text = self.samples_path.read_text(encoding="utf-8", errors="replace")
-            later = (match.start() for match in re.finditer(r"^--- sample at step (\d+) ---$", text, re.MULTILINE)
-                     if int(match[1]) >= step + evaluated)
-            if (end := next(later, None)) is not None:
+            later = [match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) > step]
+            if later:
+                text = text[:later[0]]
                 with atomic_write(self.samples_path) as file:
-                    file.write(text[:end].encode())
-        self.train, self.val = ([r for r in records if r["split"] == split] for split in ("train", "val"))
-        self.dashboards.start(step, step + evaluated, settings)
-        if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
-            self.bar = tqdm(total=settings["max_steps"], initial=step, unit="step", dynamic_ncols=True)
-        losses = [record["loss"] for record in self.val]
-        best = min(losses, default=math.inf)
-        return best, len(losses) - 1 - losses.index(best) if losses else 0
+                    file.write(text.encode())
+            self.evaluations += [{"split": "samples", "step": int(number)} for number in SAMPLE_HEADER.findall(text)]
+
+    @property
+    def val_losses(self) -> list[float]:
+        """The validation losses so far, in nats per token."""
+        return [record["loss"] for record in self.evaluations if record["split"] == "val"]
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest validation loss so far; infinity before the first validation."""
+        return min(self.val_losses, default=math.inf)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` validations brought no new best loss; never if `patience` is 0."""
+        losses = self.val_losses
+        return 0 < self.patience <= len(losses) - 1 - losses.index(min(losses)) if losses else False
+
+    def has(self, split: str, step: int) -> bool:
+        """Return whether the model after `step` updates has been evaluated on "val", "hellaswag" or "samples"."""
+        return any(record["split"] == split and record["step"] == step for record in self.evaluations)
 
     def print(self, text: str) -> None:
-        """A line on the console, above the bar if there is one."""
-        if self.enabled:
+        """Print a line, above the bar if there is one."""
+        if self.dist.is_master:
             try:
                 tqdm.write(text)
                 sys.stdout.flush()
-            except OSError:  # a full disk, a terminal that is gone: a lost line must not end the run
+            except OSError:  # a full disk, a closed terminal: a lost line must not end the run
                 pass
 
-    def progress(self, what: str, items: list) -> Iterable:
-        """The items, with a bar of their own below that of the run while one goes through them."""
-        return tqdm(items, desc=what, leave=False, dynamic_ncols=True) if self.bar is not None else items
+    def progress_bar(self, eval_batches: list) -> Iterable:
+        """Return the batches of a validation, with a bar of their own below the run's."""
+        if self.bar is None:
+            return eval_batches
+        return tqdm(eval_batches, desc="validation", leave=False, dynamic_ncols=True)
 
-    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float, mfu: float,
-             batch_tokens: int, epoch: float, line: bool, peak_memory: int = 0) -> None:
-        """Log the update with index `step`, of `batch_tokens` tokens: the loss is the one before the update, mfu the
-        fraction of the device's peak that it reached (`gpt.flops`), epoch how often training has been through its data
-        after it, peak_memory the most GPU memory that tensors have taken, in bytes, 0 on a CPU."""
-        if not self.enabled:
-            return
-        tokens_per_s = batch_tokens / seconds
-        memory = {"peak_memory_gb": round(peak_memory / 1e9, 2)} if peak_memory else {}
+    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
+        """Log the update with index `step`, which took `seconds`; the loss is the one before the update."""
+        c = self.config
+        tokens_per_s, mfu = c.total_batch_size / seconds, self.step_flops / seconds / self.peak_flops
+        memory = {}
+        if self.dist.device.type == "cuda":
+            memory["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.dist.device) / 1e9, 2)
+        epoch = (step + 1) * c.total_batch_size / self.epoch_tokens
         self._append({"step": step, "split": "train", "loss": loss, "lr": lr,
-                      "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16: a step that was skipped
-                      "tokens": (step + 1) * batch_tokens, "epoch": round(epoch, 4),
+                      "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16: a skipped update
+                      "tokens": (step + 1) * c.total_batch_size, "epoch": round(epoch, 4),
                       "tokens_per_s": round(tokens_per_s, 1), **memory})
         if self.bar is not None:
-            val = f"val {self.val[-1]['loss']:.4f}, " if self.val else ""
+            val = f"val {self.val_losses[-1]:.4f}, " if self.val_losses else ""
             self.bar.set_postfix_str(f"loss {loss:.4f}, {val}{tokens_per_s:,.0f} tokens/s, {mfu:.0%} MFU", False)
             self.bar.update()
-        if line and (self.bar is None or not sys.stdout.isatty()):
+        is_due = step % c.log_every == 0 or step + 1 == c.max_steps
+        if is_due and (self.bar is None or not sys.stdout.isatty()):
             self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | grad norm: "
                        f"{grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}"
                        + "".join(f" | peak memory: {gb:.1f} GB" for gb in memory.values()))
-
-    def samples(self, *, step: int, texts: list[str]) -> None:
-        """Show what the model writes after `step` updates, and keep it in samples.txt."""
-        if not self.enabled:
-            return
-        shown = "\n".join(f"--- sample at step {step} ---\n{text.strip()}\n---" for text in texts)
-        self.print(shown)
-        try:
-            with open(self.samples_path, "a", encoding="utf-8") as file:
-                file.write(shown + "\n\n")
-        except OSError as error:
-            self.print(f"warning: {self.samples_path} cannot be written ({error.strerror})")
-        self.dashboards.text("samples", shown, step)
-
-    def warn(self, vocab_size: int, warmup_steps: int) -> None:
-        """Say what looks wrong (`gpt.red_flags`), each thing once."""
-        for name, words in red_flags(self.train, self.val, vocab_size, warmup_steps).items():
+        val_records = [record for record in self.evaluations if record["split"] == "val"]
+        for name, message in diagnose(self.train, val_records, self.vocab_size, c.warmup_steps).items():
             if name not in self.warned:
                 self.warned.add(name)
-                self.print(f"warning: {words}")
+                self.print(f"warning: {message}")
+        hours = seconds * (c.max_steps - step - 1) / 3600
+        if step == self.first_step and self.dist.device.type == "cpu" and hours > 1:
+            self.print(f"at {seconds:.2g} s a step this run takes about {hours:.0f} hours on this CPU; a small model "
+                       f"learns in minutes with --config configs/laptop.yaml (and another --log_dir, or an empty one)")
 
     def validation(self, *, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """Log the validation loss, in nats per token, of the model after `step` updates, and in bits per byte of text
-        where that is known."""
-        if self.enabled:
-            perplexity = math.exp(min(loss, 700))  # beyond that a float overflows
-            known = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
-            self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity, **known})
-            self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}"
-                       + "".join(f" | bits per byte: {bits:.4f}" for bits in known.values()))
+        """Log the validation loss, in nats per token, of the model after `step` updates; bits per byte if known."""
+        perplexity = math.exp(min(loss, 700))  # beyond that a float overflows
+        bpb_field = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
+        self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity, **bpb_field})
+        self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}"
+                   + "".join(f" | bits per byte: {bits:.4f}" for bits in bpb_field.values()))
 
     def hellaswag(self, *, step: int, **result: float) -> None:
-        """Log what `gpt.hellaswag.evaluate` found for the model after `step` updates."""
-        if self.enabled:
-            self._append({"step": step, "split": "hellaswag", **result})
-            self.print(f"hellaswag acc {result['acc']:.4f} | step: {step} | acc_norm: {result['acc_norm']:.4f} | "
-                       f"examples: {result['examples']}")
+        """Log the result of `gpt.hellaswag.evaluate` for the model after `step` updates."""
+        self._append({"step": step, "split": "hellaswag", **result})
+        self.print(f"hellaswag acc {result['acc']:.4f} | step: {step} | acc_norm: {result['acc_norm']:.4f} | "
+                   f"examples: {result['examples']}")
+
+    def samples(self, *, step: int, texts: list[str]) -> None:
+        """Print texts that the model wrote after `step` updates, and append them to samples.txt."""
+        self.evaluations.append({"split": "samples", "step": step})
+        if not self.dist.is_master:
+            return
+        formatted = "\n".join(f"--- sample at step {step} ---\n{text.strip()}\n---" for text in texts)
+        self.print(formatted)
+        try:
+            with open(self.samples_path, "a", encoding="utf-8") as file:
+                file.write(formatted + "\n\n")
+        except OSError as error:
+            self.print(f"warning: {self.samples_path} cannot be written ({error.strerror})")
+        self._track(lambda writer: writer.add_text("samples", f"```\n{formatted}\n```", step))
+
+    def print_end(self, step: int) -> None:
+        """Print why a run is finished before its last step, or has nothing left to do."""
+        if step < self.config.max_steps:
+            self.print(f"finished at step {step} of {self.config.max_steps}: no better loss than {self.best_loss:.4f} "
+                       f"in {self.patience} validations; raise --patience, or pass 0, to continue")
+        elif step == self.first_step:
+            self.print(f"the run is finished, step {step} of {self.config.max_steps}; raise --max_steps (or "
+                       f"--max_tokens, --max_epochs) to continue, or pass another --log_dir")
 
     def sync(self) -> None:
         """Force metrics.jsonl to disk: a checkpoint must not outlive the lines before it. Raises OSError."""
-        if self.enabled:
+        if self.dist.is_master:
             self._write(sync=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands, and let the dashboards finish."""
+        """Close the bar and the trackers."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        self.dashboards.close()
+        self._track(lambda writer: writer.close())
+        if self.wandb:
+            self.wandb.finish()
+
+    def _start_trackers(self, step: int, settings: dict) -> None:
+        """Open TensorBoard's writer, and Weights & Biases, which copies whatever goes to it."""
+        if not (self.config.tensorboard or self.config.wandb_project):
+            return
+        tensorboard = import_or_error("torch.utils.tensorboard", "tensorboard")
+        if self.config.wandb_project:
+            wandb = import_or_error("wandb", "wandb")
+            id_file = self.folder / "wandb_run.txt"  # a run that resumes is the same run there
+            if step == 0 or not id_file.exists():
+                with atomic_write(id_file) as file:
+                    file.write(uuid.uuid4().hex.encode())
+            try:
+                self.wandb = wandb.init(project=self.config.wandb_project, name=self.folder.name, dir=self.folder,
+                                        id=id_file.read_text(), resume="allow", config=settings, sync_tensorboard=True)
+            except wandb.Error as error:
+                raise UserError(f"wandb_project {self.config.wandb_project!r}: {error}") from None
+        self.writer = tensorboard.SummaryWriter(self.folder, purge_step=step + 1)  # what the run logs again is the same
+        text = f"```\n{yaml.safe_dump(settings, sort_keys=False)}```"
+        self._track(lambda writer: writer.add_text("settings", text, step))
+
+    def _track(self, send: Callable[[Any], Any]) -> None:
+        """Send something to the trackers; if they fail, on a full disk say, the run goes on without them."""
+        if self.writer:
+            try:
+                send(self.writer)
+            except Exception as error:  # whatever goes wrong in there
+                self.writer = None
+                self.print(f"warning: TensorBoard or Weights & Biases failed and gets no more of this run ({error})")
 
     def _append(self, record: dict) -> None:
-        if record["split"] != "hellaswag":
-            (self.train if record["split"] == "train" else self.val).append(record)
-            del self.train[:-1000]
-        before, self.unwritten = self.unwritten, self.unwritten + json.dumps(record) + "\n"
+        (self.train if record["split"] == "train" else self.evaluations).append(record)
+        del self.train[:-1000]
+        if not self.dist.is_master:
+            return
+        already_pending, self.pending_lines = self.pending_lines, self.pending_lines + json.dumps(record) + "\n"
         try:
             self._write()
         except OSError as error:
-            if not before:
+            if not already_pending:
                 self.print(f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept for later")
-        self.dashboards.scalars(record)
+        scalars = {f"{record['split']}/{name}": value for name, value in record.items()
+                   if name not in ("step", "split") and value is not None}
+        self._track(lambda writer: [writer.add_scalar(name, value, record["step"]) for name, value in scalars.items()])
 
     def _write(self, sync: bool = False) -> None:
         with open(self.path, "ab") as file:  # opened each time: a killed process loses no line
             file.truncate(min(self.size, file.tell()))  # without half a line that a full disk took
-            file.write(self.unwritten.encode())
+            file.write(self.pending_lines.encode())
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-            self.size, self.unwritten = file.tell(), ""
+            self.size, self.pending_lines = file.tell(), ""
 
 
-def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a metrics.jsonl, without lines that are broken (a killed run's last one)."""
-    records = []
-    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "split" in record and all(isinstance(record.get(key), int | float) for key in (
-                "step", "acc" if record["split"] == "hellaswag" else "loss")):
-            records.append(record)
-    return records
+def import_or_error(module: str, package: str) -> Any:
+    """Import a module of an optional package. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{package} is not installed ({error}): pip install {package}") from None

@@ -15,9 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from gpt import pretrained
 from gpt.config import GPTConfig
-from gpt.errors import UserError
 from gpt.loss import linear_cross_entropy
 
 # Takes the keys and values (B, n_head, T, D) of new tokens, stores them, returns those of all tokens so far.
@@ -139,10 +137,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, **overrides: Any) -> "GPT":
-        """The model of a checkpoint, sharing its tensors.
+        """Return the model of a checkpoint; it shares the checkpoint's tensors.
 
-        `overrides` change its configuration: dropout, or a smaller block_size, which drops the later positions.
-        Raises UserError where configuration and weights do not make a model.
+        `overrides` change its config: dropout, or a smaller block_size, which drops the later positions.
+        Raises ValueError if the config and the weights do not match.
         """
         try:
             config, weights = replace(GPTConfig(**checkpoint["config"]), **overrides), dict(checkpoint["model"])
@@ -157,21 +155,20 @@ class GPT(nn.Module):
             if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
                 raise ValueError("the weights are not float32")
         except Exception as error:  # a configuration of anything, weights of any shape
-            raise UserError(f"does not make a model ({' '.join(str(error).split())[:200]})") from None
+            raise ValueError(f"does not make a model ({' '.join(str(error).split())[:200]})") from None
         return model
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
-        """GPT-2 weights in Hugging Face's format: "gpt2", "gpt2-xl", another name on the hub, or a local folder.
+        """Return a model with GPT-2 weights in Hugging Face's format, see `gpt.pretrained.load`.
 
-        In evaluation mode, without dropout; `overrides`: see `from_checkpoint`. Raises UserError where the weights
-        cannot be had, are damaged, or belong to a model that computes something else.
+        name_or_path: "gpt2", "gpt2-xl", another name on the hub, or a local folder. In evaluation mode, without
+        dropout; `overrides`: see `from_checkpoint`. Raises `gpt.errors.UserError` if the weights cannot be downloaded,
+        are damaged, or belong to a model that computes something else.
         """
-        checkpoint = pretrained.load(name_or_path)
-        try:
-            return cls.from_checkpoint(checkpoint, **overrides).eval()
-        except UserError as error:
-            raise UserError(f"{name_or_path} {error}") from None
+        from gpt import pretrained  # a file format builds on the model, not the other way round
+
+        return cls.from_checkpoint(pretrained.load(name_or_path), **overrides).eval()
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, vocab_size) for token ids `idx` (B, T), or with `targets` (B, T) the loss, a scalar."""

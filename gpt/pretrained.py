@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gpt import serialization
-from gpt.atomic import read_json
 from gpt.config import GPTConfig
 from gpt.errors import UserError
+from gpt.files import load_pt, read_json
 from gpt.tokenizer import get_tokenizer, merges, read_table, vocabulary
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -158,7 +157,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                         yield name, file.get_tensor(name)
             else:
                 # OpenAI's own sizes were saved before torch.save wrote zip archives, and have no checksums.
-                tensors = (serialization.read(path) if zipfile.is_zipfile(path)
+                tensors = (load_pt(path) if zipfile.is_zipfile(path)
                            else torch.load(path, map_location="cpu", weights_only=True))
                 while tensors:
                     yield tensors.popitem()

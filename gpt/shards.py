@@ -1,6 +1,7 @@
 """Token shards on disk: `<data_root>/{train,val}_NNNNN.npy`, 1-D integer arrays, and `meta.json` beside them."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -9,8 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gpt.atomic import atomic_write, read_json
 from gpt.errors import UserError
+from gpt.files import atomic_write, read_json
 from gpt.tokenizer import read_table, tokenizer_name
 
 
@@ -199,20 +200,28 @@ def find_shards(data_root: str | Path, split: str) -> list[Path]:
     return paths
 
 
-def fitting_seq_len(tokens: int) -> int:
-    """The longest power of two from 32 to 256 of which a window fits into `tokens` tokens; 0 where none does."""
+def longest_seq_len(tokens: int) -> int:
+    """The longest power of two from 32 to 256 of which a sequence fits into `tokens` tokens; 0 where none does."""
     return next((seq_len for seq_len in (256, 128, 64, 32) if tokens > seq_len), 0)
 
 
 def auto_seq_len(data_root: str | Path, splits: Iterable[str]) -> int:
-    """The longest seq_len up to 256 of which each split has a window. Raises UserError where not even 32 fits."""
+    """The longest seq_len up to 256 of which each split has a sequence. Raises UserError where not even 32 fits."""
     lengths = {path: len(open_shard(path)) for split in splits
                for path in [max(find_shards(data_root, split), key=lambda path: len(open_shard(path)))]}
     shortest = min(lengths, key=lambda path: lengths[path])
-    if not (fits := fitting_seq_len(lengths[shortest])):
-        raise UserError(f"shard {shortest} has {lengths[shortest]} tokens: a window of 32, the shortest that --seq_len "
-                        f"auto takes, needs 33; prepare more text")
+    if not (fits := longest_seq_len(lengths[shortest])):
+        raise UserError(f"shard {shortest} has {lengths[shortest]} tokens: a sequence of 32, the shortest that "
+                        f"--seq_len auto takes, needs 33; prepare more text")
     return fits
+
+
+def fingerprint(paths: Iterable[Path]) -> dict[str, str]:
+    """Return for each shard its length and a hash of its first and last 4,096 tokens, under its name."""
+    shards = {path.name: open_shard(path) for path in paths}
+    return {name: f"{len(tokens)} tokens, hash " + hashlib.sha256(
+        np.concatenate([tokens[:4096], tokens[-4096:]]).astype(np.int64).tobytes()).hexdigest()[:16]
+            for name, tokens in shards.items()}
 
 
 def open_shard(path: str | Path) -> np.ndarray:

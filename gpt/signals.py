@@ -1,40 +1,40 @@
-"""Leaving a run in good order on Ctrl-C, SIGTERM and the end of the terminal."""
+"""Stop a run in good order on Ctrl-C, SIGTERM or a closed terminal."""
 
 import contextlib
 import os
 import signal
 
 
-class StopSignal:
-    """Notes the first SIGINT, SIGTERM or SIGHUP in `signum` (0 before it) for the loop to see; a second one ends the
-    process at once, as it would without this class. A SIGHUP that is ignored, as under nohup, stays ignored.
+class StopHandler:
+    """Stores the first SIGINT, SIGTERM or SIGHUP in `signum` (0 until then) for the training loop to read.
 
-    Until the loop sets `worth_saving` there is nothing that a checkpoint would not have, and a step may take minutes
-    to compile: the first signal raises SystemExit there and then, with the status 128 + signum.
+    A second signal ends the process immediately. An ignored SIGHUP, as under nohup, stays ignored. Before the first
+    completed step there is nothing new to save and compilation may take minutes, so the first signal exits immediately
+    with status 128 + signum; the loop sets `has_unsaved_steps` after it.
 
-    Under torchrun later ones are ignored: a cluster may signal torchrun and its workers, and torchrun passes its own
-    on, so that a worker hears the same request twice. There it is torchrun that kills what takes too long.
+    Under torchrun later signals are ignored: a cluster may signal torchrun and its workers, and torchrun passes its own
+    on, so a worker gets the same request twice. There torchrun kills what takes too long.
     """
 
-    def __init__(self, speaks: bool):
-        self.speaks, self.signum, self.worth_saving = speaks, 0, False
-        self.handled = [signal.SIGINT, signal.SIGTERM]
+    def __init__(self, verbose: bool):
+        self.verbose, self.signum, self.has_unsaved_steps = verbose, 0, False
+        self.signals = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            self.handled.append(signal.SIGHUP)
-        for signum in self.handled:
+            self.signals.append(signal.SIGHUP)
+        for signum in self.signals:
             signal.signal(signum, self)
 
     def __call__(self, signum: int, frame: object) -> None:
         self.signum = signum
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        for again in self.handled:
-            signal.signal(again, signal.SIG_IGN if under_torchrun else signal.SIG_DFL)
-        if self.worth_saving:
-            text = "finishing this step and saving" + ("" if under_torchrun else "; once more to leave at once")
+        for later in self.signals:
+            signal.signal(later, signal.SIG_IGN if under_torchrun else signal.SIG_DFL)
+        if self.has_unsaved_steps:
+            text = "finishing this step and saving" + ("" if under_torchrun else "; once more to exit immediately")
         else:
-            text = "stopping before the first update, when there is nothing new to save"
-        if self.speaks:
+            text = "stopping before the first completed step: there is nothing new to save"
+        if self.verbose:
             with contextlib.suppress(OSError):  # straight to the terminal: print may be what was interrupted
                 os.write(1, f"{signal.Signals(signum).name}: {text}\n".encode())
-        if not self.worth_saving:
+        if not self.has_unsaved_steps:
             raise SystemExit(128 + signum)

@@ -94,7 +94,7 @@ def read_table(folder: str | Path) -> str:
     return table
 
 
-def token_bytes(encoding: tiktoken.Encoding, size: int = 0) -> np.ndarray:
+def token_lengths(encoding: tiktoken.Encoding, size: int = 0) -> np.ndarray:
     """How many bytes of text each token stands for, int64, `size` of them if those are more than the encoding has:
     0 for `<|endoftext|>`, which stands between texts, and for what is no token."""
     lengths = np.zeros(max(encoding.n_vocab, size), dtype=np.int64)

@@ -17,38 +17,32 @@ from typing import Literal
 
 import numpy as np
 import torch
+from tyro.conf import Positional
 
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
 from gpt.device import DTYPES, select_device, select_precision
 from gpt.errors import UserError
+from gpt.files import read_metrics
 from gpt.flops import flops_per_token, peak_flops
 from gpt.generation import generate, prepare_for_generation
-from gpt.metrics import read_metrics
 from gpt.model import GPT
 from gpt.shards import read_meta, token_dtype, write_shard
-from scripts import command_line, train
+from scripts import cli, train
 
 
 @dataclass
 class BenchConfig(train.TrainConfig):
     """Settings of scripts.bench, besides those of scripts.train."""
 
-    # Bench
-    what: Literal["train", "generate", "load"] = "train"
-    """train, generate or load"""
-    repeats: int = 10
-    """measurements, of which the median counts"""
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
-    """generate: samples per batch"""
+    what: Positional[Literal["train", "generate", "load"]] = "train"  # what to measure: train, generate or load
+    repeats: int = 10  # number of measurements; the median is reported
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])  # generate: samples per batch
     dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
     """generate: dtypes of the weights"""
-    new_tokens: int = 128
-    """generate: new tokens per sample"""
-    shards: int = 3
-    """load: shards of 100 million tokens"""
-    json: bool = False
-    """one JSON object instead of a table"""
+    new_tokens: int = 128  # generate: new tokens per sample
+    shards: int = 3  # load: number of shards of 100M tokens
+    json: bool = False  # print one JSON object instead of a table
 
 
 def main(config: BenchConfig) -> None:
@@ -143,9 +137,9 @@ def bench_load(config: BenchConfig, vocab_size: int, device: torch.device, folde
         loader = DataLoaderLite(folder, "train", micro_batch_size=config.micro_batch_size, seq_len=int(config.seq_len),
                                 vocab_size=vocab_size, total_batch_size=config.total_batch_size, device=device)
         starts.append(time.perf_counter() - began)
-    for _ in range(100 * config.repeats):
+    for step in range(100 * config.repeats):
         began = time.perf_counter()
-        loader.next_batch()
+        loader.batch(step, 0)
         seconds.append(time.perf_counter() - began)
     return [{"shards": config.shards, "tokens": config.shards * 100_000_000,
              "start_ms": 1e3 * statistics.median(starts), "batch": f"{config.micro_batch_size} x {config.seq_len}",
@@ -185,4 +179,4 @@ def device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main, BenchConfig, positional="what")
+    cli.run_cli(main, BenchConfig)

@@ -9,34 +9,29 @@ if not __package__:  # run as `torchrun scripts/eval_hellaswag.py`: imports star
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from gpt import distributed, hellaswag
-from gpt.atomic import atomic_write
 from gpt.device import DTYPES, Precision, select_precision
 from gpt.errors import UserError
-from scripts import command_line
+from gpt.files import atomic_write
+from scripts import cli
 
 
 @dataclass
-class HellaSwagConfig(command_line.CheckpointConfig):
+class HellaSwagConfig(cli.CheckpointConfig):
     """Settings of scripts.eval_hellaswag; log_dir gets hellaswag.json."""
 
-    # Options
-    data: str | None = None
-    """a .jsonl file of HellaSwag; else the hub's"""
-    limit: int = 0
-    """examples to use, the first ones; 0: all"""
-    device: str = "auto"
-    """auto, cuda, mps or cpu"""
-    precision: Precision = "auto"
-    """autocast dtype; auto: the fastest native one"""
+    data: str | None = None  # HellaSwag .jsonl file; unset: download from HF hub
+    limit: int = 0  # evaluate the first N examples; 0: all 10,042
+    device: str = "auto"  # auto, cuda, mps or cpu
+    precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 where native
 
 
 def main(config: HellaSwagConfig) -> None:
     """Score the examples, shared out over the processes, print the accuracies and write log_dir/hellaswag.json."""
     if config.limit < 0:
         raise UserError(f"limit is {config.limit}: it must be 0 (all) or more")
-    with distributed.joined(config.device, rank_timeout=3600) as dist:
+    with distributed.init_distributed(config.device, rank_timeout=3600) as dist:
         examples = hellaswag.load_examples(config.data, config.limit)
-        source, model, encoding = command_line.load_model(config, dist.device)
+        source, model, encoding = cli.load_model(config, dist.device)
         path = Path(config.log_dir) / "hellaswag.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # it fails now, or not at all
         precision = select_precision(config.precision, dist.device)
@@ -51,4 +46,4 @@ def main(config: HellaSwagConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, HellaSwagConfig)
+    cli.run_cli(main, HellaSwagConfig)

@@ -10,31 +10,26 @@ from tqdm import tqdm
 
 from gpt.device import select_device
 from gpt.errors import UserError
-from gpt.evaluation import sliding_losses
+from gpt.evaluation import sliding_window_losses
 from gpt.shards import find_shards, open_shard, read_meta
-from gpt.tokenizer import token_bytes, tokenizer_name
-from scripts import command_line
+from gpt.tokenizer import token_lengths, tokenizer_name
+from scripts import cli
 
 
 @dataclass
-class PerplexityConfig(command_line.CheckpointConfig):
+class PerplexityConfig(cli.CheckpointConfig):
     """Settings of scripts.eval_perplexity."""
 
-    # Options
-    data: str
-    """a text file, or a folder with val_*.npy"""
-    stride: int = 0
-    """tokens between windows; 0: half the context"""
-    batch_size: int = 4
-    """windows that the model takes at once"""
-    device: str = "auto"
-    """auto, cuda, mps or cpu"""
+    data: str  # text file, or folder with val_*.npy
+    stride: int = 0  # tokens between sliding windows; 0: half the context
+    batch_size: int = 4  # windows per forward pass; lower if OOM
+    device: str = "auto"  # auto, cuda, mps or cpu
 
 
 def main(config: PerplexityConfig) -> None:
     """Print the loss, the perplexity and the bits per byte of all tokens but the first."""
     device = select_device(config.device)
-    _, model, encoding = command_line.load_model(config, device)
+    _, model, encoding = cli.load_model(config, device)
     T = model.config.block_size
     stride = config.stride or T // 2
     if T < 2:
@@ -45,11 +40,11 @@ def main(config: PerplexityConfig) -> None:
     pieces = [piece for piece in read_tokens(Path(config.data), encoding) if len(piece) > 1]
     if not pieces:
         raise UserError(f"data {config.data!r} has fewer than two tokens: there is nothing to predict")
-    bytes_of = token_bytes(encoding, model.config.vocab_size)
+    bytes_of = token_lengths(encoding, model.config.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with tqdm(total=sum(len(piece) - 1 for piece in pieces), unit="token", unit_scale=True, disable=None) as bar:
         for piece in pieces:
-            for losses, targets in sliding_losses(model, piece, stride, config.batch_size):
+            for losses, targets in sliding_window_losses(model, piece, stride, config.batch_size):
                 nats += losses.sum()
                 n_tokens += len(targets)
                 n_bytes += bytes_of[targets].sum()
@@ -76,4 +71,4 @@ def read_tokens(data: Path, encoding: tiktoken.Encoding) -> list[np.ndarray]:
 
 
 if __name__ == "__main__":
-    command_line.run(main, PerplexityConfig)
+    cli.run_cli(main, PerplexityConfig)

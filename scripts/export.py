@@ -9,18 +9,16 @@ import yaml
 
 from gpt import pretrained
 from gpt.errors import UserError
-from gpt.metrics import read_metrics
+from gpt.files import read_metrics
 from gpt.shards import read_meta
-from scripts import command_line
+from scripts import cli
 
 
 @dataclass
-class ExportConfig(command_line.CheckpointConfig):
+class ExportConfig(cli.CheckpointConfig):
     """Settings of scripts.export."""
 
-    # Options
-    out: str
-    """folder to write: a new one, or an empty one"""
+    out: str  # output folder, new or empty
 
 
 def main(config: ExportConfig) -> None:
@@ -28,7 +26,7 @@ def main(config: ExportConfig) -> None:
     out = Path(config.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out {config.out!r} is there already and is not empty: pass another folder, or delete it")
-    source, checkpoint = command_line.find_checkpoint(config)
+    source, checkpoint = cli.find_checkpoint(config)
     card = model_card(Path(source), checkpoint)
     aside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
@@ -60,17 +58,18 @@ def model_card(source: Path, checkpoint: dict) -> str:
         lines += [f"Trained on `{settings['data_root']}`{f' ({data})' if data else ''} for {step:,} steps of "
                   f"{settings['total_batch_size']:,} tokens, {step * settings['total_batch_size']:,} in all, starting "
                   f"from {settings['init_from']}.", "", "| loss | nats per token |", "|---|---|"]
-        before = [record["loss"] for record in read_metrics(source.with_name("metrics.jsonl"))
-                  if record["split"] == "train" and record["step"] == step - 1]
-        lines += [f"| training, last step | {loss:.4f} |" for loss in before]
-        if checkpoint.get("val_loss") is not None:
-            lines += [f"| validation | {checkpoint['val_loss']:.4f} |"]
-        if found := checkpoint.get("hellaswag"):
-            lines += ["", f"HellaSwag, {found['examples']} examples: acc {found['acc']:.4f}, acc_norm "
-                          f"{found['acc_norm']:.4f}"]
+        records = read_metrics(source.with_name("metrics.jsonl"))  # train's are of the update before, evaluations after
+        results = {record["split"]: record for record in records
+                   if record["step"] == step - (record["split"] == "train")}
+        for split, name in (("train", "training, last step"), ("val", "validation")):
+            if split in results:
+                lines += [f"| {name} | {results[split]['loss']:.4f} |"]
+        if accuracy := results.get("hellaswag"):
+            lines += ["", f"HellaSwag, {accuracy['examples']} examples: acc {accuracy['acc']:.4f}, acc_norm "
+                          f"{accuracy['acc_norm']:.4f}"]
         lines += ["", "Settings of the run:", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```"]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    command_line.run(main, ExportConfig)
+    cli.run_cli(main, ExportConfig)

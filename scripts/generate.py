@@ -17,31 +17,22 @@ from gpt.device import select_device, select_precision
 from gpt.errors import UserError
 from gpt.generation import prepare_for_generation, stream_text
 from gpt.model import GPT
-from scripts import command_line
+from scripts import cli
 
 
 @dataclass
-class GenerateConfig(command_line.CheckpointConfig):
+class GenerateConfig(cli.CheckpointConfig):
     """Settings of scripts.generate."""
 
-    prompt: str = "\n"
-    """text to continue; a newline: ask on a terminal"""
-    max_new_tokens: int = 200
-    """new tokens per sample"""
-    num_samples: int = 1
-    """samples per prompt"""
-    temperature: float = 0.8
-    """0: greedy; higher: more random"""
-    top_k: int = 200
-    """sample from the k most likely tokens; 0: all"""
-    top_p: float = 1.0
-    """nucleus sampling threshold; 1: off"""
-    seed: int = 1337
-    """random seed for sampling"""
-    device: str = "auto"
-    """auto, cuda, mps or cpu"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """weights; auto: bfloat16 where it is native"""
+    prompt: str = "\n"  # text to continue; a newline: ask on a terminal
+    max_new_tokens: int = 200  # new tokens per sample
+    num_samples: int = 1  # samples per prompt
+    temperature: float = 0.8  # 0: greedy; higher: more random
+    top_k: int = 200  # sample from the k most likely tokens; 0: all
+    top_p: float = 1.0  # nucleus sampling threshold; 1: off
+    seed: int = 1337  # random seed for sampling
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # weights; auto: bfloat16 where it is native
 
 
 def main(config: GenerateConfig) -> None:
@@ -50,9 +41,9 @@ def main(config: GenerateConfig) -> None:
     device = select_device(config.device)
     is_bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and select_precision("auto", device) == "bf16"
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-    _, model, encoding = command_line.load_model(config, device, note=f", {str(dtype).removeprefix('torch.')}")
+    _, model, encoding = cli.load_model(config, device, note=f", {str(dtype).removeprefix('torch.')}")
     prepare_for_generation(model, dtype)
-    # None for "not given" would not do: on a command line jsonargparse takes `null` and `# Title` for None too
+    # None for "not given" would not do: on a command line tyro reads the text `None` as None
     is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
     (run_interactive if is_interactive else print_samples)(config, model, encoding)
 
@@ -70,7 +61,7 @@ def run_interactive(config: GenerateConfig, model: GPT, encoding: tiktoken.Encod
             seed += 1
             print_samples(turn_config, model, encoding)
         except UserError as error:
-            command_line.say(str(error))
+            cli.print_error(str(error))
         except KeyboardInterrupt:  # ends only the current text or input line
             print()
         except EOFError:
@@ -106,4 +97,4 @@ def check(config: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, GenerateConfig)
+    cli.run_cli(main, GenerateConfig)

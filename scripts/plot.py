@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from tyro.conf import Positional
 
-from gpt.atomic import atomic_write
 from gpt.errors import UserError
-from gpt.metrics import read_metrics
-from scripts import command_line
+from gpt.files import atomic_write, read_metrics
+from scripts import cli
 
 # Okabe and Ito (2008), without the yellow, which is too pale for lines: people who are colour-blind tell these apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -34,12 +34,9 @@ LABEL_WIDTH = 110  # characters that a line of the legend has room for
 class PlotConfig:
     """Settings of scripts.plot."""
 
-    runs: list[str] = field(default_factory=lambda: ["log"])
-    """folders of runs; the flag may be left out"""
-    x: Literal["steps", "tokens"] = "steps"
-    """what the horizontal axis counts"""
-    out: str | None = None
-    """the picture; else plot.png in the first run"""
+    runs: Positional[list[str]] = field(default_factory=lambda: ["log"])  # folders of the runs (their log_dir)
+    x: Literal["steps", "tokens"] = "steps"  # unit of the x axis
+    out: str | None = None  # image file; unset: plot.png in the first run
 
 
 @dataclass
@@ -263,4 +260,4 @@ def plain(value: float, _: int) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main, PlotConfig, positional="runs")
+    cli.run_cli(main, PlotConfig)

@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpt.atomic import atomic_write, read_json
 from gpt.documents import Batch, Piece, Source, TextConfig, find_sources, read_batches, share_out
 from gpt.errors import UserError
-from gpt.run_lock import only_run_in
+from gpt.files import atomic_write, read_json, run_lock
 from gpt.shards import (
     ShardWriter,
     count,
     find_shards,
-    fitting_seq_len,
     is_complete,
+    longest_seq_len,
     open_shard,
     read_finished,
     read_meta,
@@ -34,39 +33,26 @@ from gpt.shards import (
     write_meta,
     write_tokenizer,
 )
-from gpt.tokenizer import END_OF_TEXT, get_tokenizer, new_tokenizer, read_table, token_bytes, tokenizer_name
-from scripts import command_line
+from gpt.tokenizer import END_OF_TEXT, get_tokenizer, new_tokenizer, read_table, token_lengths, tokenizer_name
+from scripts import cli
 
 
 @dataclass
 class PrepareConfig(TextConfig):
     """Settings of scripts.prepare."""
 
-    # Shards
-    val_input: list[str] = field(default_factory=list)
-    """files for validation; input is for training then"""
-    val_split: str | None = None
-    """split of the data set for validation"""
-    val_tokens: int = 0
-    """tokens for validation, the first; 0: val_fraction"""
-    tokenizer: str = "gpt2"
-    """or a folder that scripts.train_tokenizer wrote"""
-    allow_special: bool = False
-    """take <|endoftext|> in a text as the token"""
-    out: str = "data"
-    """folder for the shards"""
-    shard_size: int = 100_000_000
-    """tokens in a shard"""
-    num_workers: int = 0
-    """threads that encode; 0: one for each core"""
-    part: int = 0
-    """the part to prepare, from 0"""
-    parts: int = 1
-    """parts of the work, each a command of its own"""
-    merge: bool = False
-    """join all parts, when they are there"""
-    check: str | None = None
-    """only look at every token in this folder"""
+    val_input: list[str] = field(default_factory=list)  # validation files; --input is then training data only
+    val_split: str | None = None  # split of the dataset to validate on
+    val_tokens: int = 0  # validate on the first N tokens; 0: see val_fraction
+    tokenizer: str = "gpt2"  # gpt2, or a folder written by scripts.train_tokenizer
+    allow_special: bool = False  # encode <|endoftext|> in the text as the special token
+    out: str = "data"  # output folder
+    shard_size: int = 100_000_000  # tokens per shard
+    num_workers: int = 0  # encoding threads; 0: one per CPU core
+    part: int = 0  # index of this job, from 0
+    parts: int = 1  # number of jobs that split the work
+    merge: bool = False  # merge the finished parts into one dataset
+    check: str | None = None  # verify every token in this dataset folder, and exit
 
 
 # What has no influence on the files, or only on whether they come to be.
@@ -84,7 +70,7 @@ def main(config: PrepareConfig) -> None:
     if config.merge:
         if not out.is_dir():
             raise UserError(f"out {config.out!r} is not a folder: pass the one that the parts were written to")
-        with only_run_in(out, "out", "_merge"):
+        with run_lock(out, "out", "_merge"):
             print(f"{out} is complete: {count(merge(out))}")
         return
     table = config.tokenizer if config.tokenizer == "gpt2" else read_table(config.tokenizer)
@@ -111,7 +97,7 @@ def main(config: PrepareConfig) -> None:
     except OSError as error:
         raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
     try:
-        with only_run_in(out, "out", f"_{config.part:05d}"):
+        with run_lock(out, "out", f"_{config.part:05d}"):
             if meta := read_finished(out):
                 refuse_other(out, settings, meta.get("settings"))
                 print(f"{out} is complete ({count(merge(out))}): nothing to do")
@@ -149,7 +135,7 @@ def prepare_part(config: PrepareConfig, table: str, settings: dict, out: Path, s
         print(f"part {config.part} of {config.parts} in {out} is complete: nothing to do")
         return
     encoding, counts = get_tokenizer(table), state["splits"]
-    dtype, bytes_of = token_dtype(encoding.n_vocab), token_bytes(encoding)
+    dtype, bytes_of = token_dtype(encoding.n_vocab), token_lengths(encoding)
     writers = {split: ShardWriter(out, split, dtype, config.shard_size, first=config.part, every=config.parts,
                                   shards=about["shards"], unfinished=about["unfinished"])
                for split, about in counts.items()}
@@ -370,7 +356,7 @@ def merge(out: Path) -> dict:
     write_meta(out, meta)
     for record in records:
         record.unlink(missing_ok=True)
-    hint = fitting_seq_len(min(about["tokens"] for about in splits.values()))
+    hint = longest_seq_len(min(about["tokens"] for about in splits.values()))
     if hint < 256:
         print(f"this is little text: train on it with --seq_len {hint or 32}, or with --seq_len auto")
     return meta
@@ -438,4 +424,4 @@ def check_data(data_root: Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, PrepareConfig)
+    cli.run_cli(main, PrepareConfig)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt.atomic import atomic_write
 from gpt.documents import TextConfig, find_sources, read_batches
 from gpt.errors import UserError
+from gpt.files import atomic_write
 from gpt.tokenizer import get_tokenizer, train_tokenizer
-from scripts import command_line
+from scripts import cli
 
 ENDLESS = re.compile(r"\S{1000}|\s{1000}")
 
@@ -23,13 +23,9 @@ class TokenizerConfig(TextConfig):
     """Settings of scripts.train_tokenizer. With the text settings of scripts.prepare it sees only what is for training
     there: pass --val_fraction 0 if validation has an input of its own."""
 
-    # Tokenizer
-    out: str
-    """folder to write"""
-    vocab_size: int = 4096
-    """tokens, 256 bytes and <|endoftext|> included"""
-    max_bytes: int = 1_000_000_000
-    """bytes of text to learn from, at most"""
+    out: str  # output folder, new or empty
+    vocab_size: int = 4096  # vocabulary size, with 256 bytes and <|endoftext|>
+    max_bytes: int = 1_000_000_000  # maximum bytes of text to train on
 
 
 def main(config: TokenizerConfig) -> None:
@@ -72,4 +68,4 @@ def main(config: TokenizerConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, TokenizerConfig)
+    cli.run_cli(main, TokenizerConfig)

@@ -11,7 +11,7 @@ from gpt.errors import UserError
 from gpt.generation import generate
 from gpt.model import GPT
 from gpt.tokenizer import get_tokenizer
-from scripts import command_line
+from scripts import cli
 
 TOLERANCE = 1e-4  # of logits in float32
 
@@ -20,21 +20,17 @@ TOLERANCE = 1e-4  # of logits in float32
 class ValidateConfig:
     """Settings of scripts.validate."""
 
-    model: str
-    """a model_<step>.pt, a folder or a hub name"""
-    prompt: str = "Hello world"
-    """text that both models read and continue"""
-    max_new_tokens: int = 20
-    """tokens of the greedy continuation"""
-    top: int = 5
-    """rows of the table of next tokens"""
+    model: str  # a model_<step>.pt, or a Hugging Face folder or name
+    prompt: str = "Hello world"  # text to continue with both models
+    max_new_tokens: int = 20  # new tokens per greedy continuation
+    top: int = 5  # most likely next tokens to print
 
 
 def main(config: ValidateConfig) -> int:
     """Print the comparison; returns 0 if the models agree, else 1."""
     if config.max_new_tokens < 1 or config.top < 1:
         raise UserError(f"max_new_tokens is {config.max_new_tokens} and top is {config.top}: both must be 1 or more")
-    content = checkpoint.load(config.model)
+    content = checkpoint.load_checkpoint(config.model)
     ours = GPT.from_checkpoint(content).eval()
     encoding = get_tokenizer(content.get("tokenizer") or "gpt2")
     prompt = encoding.encode(config.prompt, allowed_special="all")
@@ -80,4 +76,4 @@ def main(config: ValidateConfig) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main, ValidateConfig)
+    cli.run_cli(main, ValidateConfig)

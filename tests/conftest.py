@@ -85,7 +85,7 @@ class Fork:
     """
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.command_line", "gpt.optim",
+    context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.cli", "gpt.optim",
                                     "gpt.checkpoint", "gpt.evaluation", "gpt.generation", "gpt.dataloader"])
 
     lock = threading.Lock()  # starting one asks after all others, which two threads must not do at once
@@ -185,3 +185,12 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
     assert 1 <= len(lines) <= 2 and lines[-1].startswith("error: "), done.stderr
     for word in words:
         assert word in lines[-1], f"{word!r} is not in {lines[-1]!r}"
+
+
+def assert_flag_refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit status 2, tyro's message with `words` in it, and no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in message and not message.startswith("error: "), done.stderr
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"

@@ -80,7 +80,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert names == {path.name for path in other.iterdir()}, "files are missing or left over"
     for name in names:
         if name.startswith("model_"):
-            weights, same = (checkpoint.load(folder / name)["model"] for folder in (one, other))
+            weights, same = (checkpoint.load_checkpoint(folder / name)["model"] for folder in (one, other))
             assert all(torch.equal(weights[key], same[key]) for key in weights), name
 
 

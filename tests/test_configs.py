@@ -1,14 +1,14 @@
 """configs/: every file is a run that begins, and every data set that one needs has a recipe."""
 
-import jsonargparse
 import pytest
 import yaml
 
 from gpt.dataloader import grad_accum_steps
+from gpt.resolve import check_config as check_train
+from scripts.cli import parse_args
 from scripts.prepare import PrepareConfig
 from scripts.prepare import check as check_prepare
 from scripts.train import TrainConfig
-from scripts.train import check as check_train
 from tests.conftest import ROOT, metrics, run
 
 RUNS = sorted(ROOT.glob("configs/*.yaml"))
@@ -16,12 +16,7 @@ RECIPES = sorted(ROOT.glob("configs/data/*.yaml"))
 
 
 def settings_of(path, config_class):
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(config_class)
-    settings = vars(parser.instantiate(parser.parse_args(["--config", str(path)])))
-    settings.pop("config")
-    return config_class(**settings)
+    return parse_args(config_class, ["--config", str(path)])
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

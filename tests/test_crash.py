@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gpt import checkpoint
+from gpt.files import load_pt
 from tests.conftest import TINY_BYTES, Fork, assert_refused, metrics, run, start
 from tests.soak import OFTEN, assert_equal_runs, kill_again_and_again
 
@@ -70,7 +71,7 @@ DAMAGES = {
     "a text file": (lambda f: (f / "model_00006.pt").write_text("To be"), "model_00006.pt is damaged"),
     "a pickle with code": (lambda f: (f / "model_00006.pt").write_bytes(pickle.dumps(Code())), "is damaged"),
     "code in a torch file": (lambda f: torch.save({"model": Code()}, f / "model_00006.pt"), "is damaged"),
-    "a missing half": (lambda f: (f / "optim_00006.pt").unlink(), "optim_00006.pt is not there"),
+    "a missing half": (lambda f: (f / "optim_00006.pt").unlink(), "optim_00006.pt is missing"),
     "an older file of that name": (lambda f: shutil.copy(f / "model_00003.pt", f / "model_00006.pt"),
                                    "model_00006.pt: it is of step 3, not 6"),
     "an older half of that name": (lambda f: shutil.copy(f / "optim_00003.pt", f / "optim_00006.pt"),
@@ -140,8 +141,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of a running 
 
 
 @linux
-@pytest.mark.parametrize("size, file", [(80_000, "optim"), (1000, "model_best")])
-def test_a_full_disk_is_waited_out(byte_data, broken_off, tmp_path, size, file):
+@pytest.mark.parametrize("size, lost", [(80_000, ["optim_"]), (1000, ["model_best.pt", "metrics.jsonl"])])
+def test_a_full_disk_is_waited_out(byte_data, broken_off, tmp_path, size, lost):
     """Full until the first failure: a warning, the checkpoint before it whole, no litter, and a good end."""
     process, log_dir = start(*words_for(byte_data, tmp_path / "log")), tmp_path / "log"
     printed = ""
@@ -151,19 +152,23 @@ def test_a_full_disk_is_waited_out(byte_data, broken_off, tmp_path, size, file):
             limit_files(process, size)
         if line.startswith("warning: step"):
             process.send_signal(signal.SIGSTOP)
-            steps = {part: {checkpoint.step_of(path) for path in log_dir.glob(f"{part}_*.pt")} - {-1}
+            steps = {part: {checkpoint.parse_step(path) for path in log_dir.glob(f"{part}_*.pt")} - {-1}
                      for part in ("model", "optim")}
             assert steps["optim"] <= steps["model"] and not list(log_dir.glob(".*.tmp"))
-            assert checkpoint.newest(log_dir, pytest.fail, resumable=True)[1]["step"] == max(steps["model"]) >= 3
+            newest = checkpoint.load_latest(log_dir, pytest.fail, require_optim=True)[1]
+            assert newest["step"] == max(steps["model"]) >= 3
             limit_files(process, None)
             process.send_signal(signal.SIGCONT)
     assert process.wait() == 0, printed
-    assert re.search(rf"warning: step \d+ is not saved \(.*File too large: '{log_dir}/{file}.*'\), the last checkpoint "
-                     rf"is {log_dir}/model_\d+.pt; training goes on", printed), printed
+    assert re.search(rf"warning: step \d+ is not saved \(.*File too large.*\), the last checkpoint is {log_dir}/"
+                     rf"model_\d+.pt; training continues", printed), printed
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: ") and "File too large" in line]
+    assert all(any(file in line for line in warnings) for file in lost), printed
     assert "Traceback" not in printed
     for split in ("train", "val"):
         assert metrics(log_dir, split) == metrics(broken_off / "whole", split)
-    weights, same = (checkpoint.load(folder / "model_00012.pt")["model"] for folder in (log_dir, broken_off / "whole"))
+    weights, same = (checkpoint.load_checkpoint(folder / "model_00012.pt")["model"]
+                     for folder in (log_dir, broken_off / "whole"))
     assert all(torch.equal(weights[key], same[key]) for key in weights)
 
 
@@ -175,7 +180,7 @@ def test_the_last_save_failing_is_an_error(byte_data, broken_off, tmp_path):
         if line.endswith("model_00003.pt\n"):
             limit_files(process, 80_000)
     assert_refused(subprocess.CompletedProcess([], process.wait(), "", process.stderr.read()),
-                   f"step 12 is not saved ([Errno 27] File too large: '{log_dir}/optim_00012.pt')", "make room")
+                   f"step 12 is not saved ([Errno 27] File too large: '{log_dir}/optim_00012.pt')", "free disk space")
     assert not (log_dir / "model_00012.pt").exists() and not list(log_dir.glob(".*"))
     done = run(*words_for(byte_data, log_dir))
     assert done.returncode == 0 and "resuming from" in done.stdout
@@ -201,11 +206,11 @@ def test_two_runs_in_one_folder(byte_data, tmp_path):
 def test_every_flip_and_cut_is_seen(broken_off, tmp_path):
     """100 random bytes flipped and every tenth cut off, in both halves: the same state or an older one, never another.
 
-    In this process, for speed: what `scripts.train` resumes from is what `checkpoint.newest` returns.
+    In this process, for speed: what `scripts.train` resumes from is what `checkpoint.load_latest` returns.
     """
     for path in (broken_off / "killed").glob("*_0*.pt"):
         shutil.copy(path, tmp_path)
-    good = {step: [checkpoint.read(tmp_path / f"{half}_{step:05d}.pt") for half in ("model", "optim")]
+    good = {step: [load_pt(tmp_path / f"{half}_{step:05d}.pt") for half in ("model", "optim")]
             for step in (3, 6)}
     rng, outcomes = random.Random(0), []
     for name in ("model_00006.pt", "optim_00006.pt"):
@@ -216,7 +221,7 @@ def test_every_flip_and_cut_is_seen(broken_off, tmp_path):
         for content in damaged:
             (tmp_path / name).write_bytes(content)
             said = []
-            path, model, optim = checkpoint.newest(tmp_path, said.append, resumable=True)
+            path, model, optim = checkpoint.load_latest(tmp_path, said.append, require_optim=True)
             assert said and name in said[0] if model["step"] == 3 else not said
             assert path.name == f"model_{model['step']:05d}.pt"
             assert_same_content([model, optim], good[model["step"]])

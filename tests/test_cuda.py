@@ -8,8 +8,8 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt import checkpoint
 from gpt.config import GPTConfig
+from gpt.files import load_pt
 from gpt.generation import generate
 from gpt.model import GPT
 from tests.conftest import ROOT, TINY, TINY_BYTES, assert_refused, command, environment, metrics
@@ -53,7 +53,7 @@ def test_a_resumed_run_repeats_the_losses(data_root, tmp_path, precision):
     records = metrics(tmp_path / "whole", "train")
     assert metrics(tmp_path / "whole", "val")[6]["loss"] < records[0]["loss"] - 0.3
     assert all(0 < record["peak_memory_gb"] < 4 for record in records.values())
-    assert bool(checkpoint.read(tmp_path / "whole" / "optim_00006.pt")["scaler"]) == (precision == "fp16")
+    assert bool(load_pt(tmp_path / "whole" / "optim_00006.pt")["scaler"]) == (precision == "fp16")
 
 
 def test_a_compiled_model_trains_the_same(data_root, tmp_path):

@@ -1,4 +1,4 @@
-"""gpt/dataloader.py and gpt/shards.py: every window once per epoch, whatever shares them out."""
+"""gpt/dataloader.py and gpt/shards.py: every sequence once per epoch, whatever shares them out."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.dataloader import DataLoaderLite, grad_accum_steps, shuffled
+from gpt.dataloader import DataLoaderLite, grad_accum_steps, permute_index
 from gpt.errors import UserError
 from gpt.shards import open_shard
 from tests.conftest import ROOT
@@ -30,25 +30,25 @@ def loader(folder, **changes):
 
 
 def starts(batch):
-    """The first token of each window of a batch: which windows they are."""
+    """The first token of each sequence of a batch: which sequences they are."""
     x, y = batch
     assert x.shape == y.shape and x.dtype == y.dtype == torch.int64
-    assert torch.equal(x[:, 1:], y[:, :-1])  # targets are the same window shifted by one
+    assert torch.equal(x[:, 1:], y[:, :-1])  # targets are the same sequence shifted by one
     assert torch.equal(y[:, -1], x[:, -1] + 1)
     return x[:, 0].tolist()
 
 
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
-def test_shuffled_is_a_permutation(n, seed, epoch):
-    """A window that came twice would mean another that never comes."""
-    assert sorted(shuffled(np.arange(n), n, seed, epoch).tolist()) == list(range(n))
+def test_permute_index_is_a_permutation(n, seed, epoch):
+    """A sequence that came twice would mean another that never comes."""
+    assert sorted(permute_index(np.arange(n), n, seed, epoch).tolist()) == list(range(n))
 
 
-def test_shuffled_looks_random():
+def test_permute_index_looks_random():
     """A weak mixing would train on the text nearly in order. Compared with what a random permutation does."""
     n = 10_000
-    once, again = shuffled(np.arange(n), n, 1, 0), shuffled(np.arange(n), n, 1, 1)
+    once, again = permute_index(np.arange(n), n, 1, 0), permute_index(np.arange(n), n, 1, 1)
     for order in (once, again, once[np.argsort(again)]):
         correlation = np.corrcoef(np.arange(n), order)[0, 1]
         assert abs(correlation) < 4 / np.sqrt(n)
@@ -59,48 +59,46 @@ def test_shuffled_looks_random():
 
 
 @settings(deadline=None, max_examples=60)
-@given(lengths=st.lists(st.integers(9, 90), min_size=1, max_size=4), windows_per_step=st.sampled_from([12, 24, 36]),
+@given(lengths=st.lists(st.integers(9, 90), min_size=1, max_size=4), sequences_per_step=st.sampled_from([12, 24, 36]),
        lives=st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]), st.integers(1, 9)), max_size=5))
-def test_every_window_once_per_epoch(tmp_path_factory, lengths, windows_per_step, lives):
+def test_every_sequence_once_per_epoch(tmp_path_factory, lengths, sequences_per_step, lives):
     """Whatever the shards, and although every life of the run has other ranks and micro-batches and ends anywhere:
-    E epochs show every window exactly E times, in any order."""
+    E epochs show every sequence exactly E times, in any order."""
     folder = tmp_path_factory.mktemp("shards")
     make_shards(folder, lengths)
     offsets = np.cumsum([0, *lengths])
     expected = sorted(int(offset) + start for offset, length in zip(offsets, lengths, strict=False)
                       for start in range(0, length - 8, 8))
     step, seen = 0, []
-    for world_size, micro_batch_size, steps in [*lives, (1, 2, 2 * len(expected) // windows_per_step + 1)]:
-        ranks = [loader(folder, micro_batch_size=micro_batch_size, total_batch_size=windows_per_step * 8, rank=rank,
+    for world_size, micro_batch_size, steps in [*lives, (1, 2, 2 * len(expected) // sequences_per_step + 1)]:
+        ranks = [loader(folder, micro_batch_size=micro_batch_size, total_batch_size=sequences_per_step * 8, rank=rank,
                         world_size=world_size) for rank in range(world_size)]
-        assert ranks[0].n_windows == len(expected)
-        for rank in ranks:
-            rank.micro_batch = step * rank.grad_accum_steps  # as scripts/train.py resumes
-        for _ in range(steps * ranks[0].grad_accum_steps):
-            for rank in ranks:
-                seen += starts(rank.next_batch())
-        step += steps
+        assert ranks[0].n_sequences == len(expected)
+        for _ in range(steps):
+            for micro_step in range(ranks[0].grad_accum_steps):
+                for rank in ranks:
+                    seen += starts(rank.batch(step, micro_step))
+            step += 1
     epochs = [sorted(seen[at:at + len(expected)]) for at in range(0, len(seen), len(expected))]
     assert len(epochs) >= 2 and all(epoch == expected for epoch in epochs[:len(seen) // len(expected)])
 
 
-def test_the_windows_of_a_step_depend_on_seed_and_step_alone(tmp_path):
+def test_the_sequences_of_a_step_depend_on_seed_and_step_alone(tmp_path):
     """What makes world size, micro-batch and resume point free to change."""
     make_shards(tmp_path, [500, 300, 420])
     plain = loader(tmp_path, micro_batch_size=12, total_batch_size=96)
-    steps = [sorted(starts(plain.next_batch())) for _ in range(20)]
+    steps = [sorted(starts(plain.batch(step, 0))) for step in range(20)]
     for world_size, micro_batch_size in [(1, 1), (2, 3), (3, 2), (4, 3), (12, 1)]:
         ranks = [loader(tmp_path, micro_batch_size=micro_batch_size, total_batch_size=96, rank=rank,
                         world_size=world_size) for rank in range(world_size)]
         for step in (0, 7, 19, 3):  # in any order: the position is the step and nothing else
             seen = []
             for rank in ranks:
-                rank.micro_batch = step * rank.grad_accum_steps
-                for _ in range(rank.grad_accum_steps):
-                    seen += starts(rank.next_batch())
+                for micro_step in range(rank.grad_accum_steps):
+                    seen += starts(rank.batch(step, micro_step))
             assert sorted(seen) == steps[step]
     other_seed = loader(tmp_path, micro_batch_size=12, total_batch_size=96, seed=1)
-    assert sorted(starts(other_seed.next_batch())) != steps[0]
+    assert sorted(starts(other_seed.batch(0, 0))) != steps[0]
 
 
 def test_validation_covers_the_first_tokens_once(tmp_path):
@@ -112,7 +110,7 @@ def test_validation_covers_the_first_tokens_once(tmp_path):
             seen = []
             for rank in range(world_size):
                 val = loader(tmp_path, split="val", micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
-                for batch in map(val.read, val.eval_windows(eval_tokens)):
+                for batch in map(val.load_batch, val.eval_batches(eval_tokens)):
                     seen += starts(batch)
             assert sorted(seen) == first[:count]
 
@@ -121,7 +119,7 @@ def test_validation_covers_the_first_tokens_once(tmp_path):
 def test_any_integer_type_is_read(tmp_path, dtype):
     """People make their own shards with np.save, which makes int64."""
     make_shards(tmp_path, [100], dtype=dtype)
-    assert starts(loader(tmp_path, micro_batch_size=12).next_batch()) != []
+    assert starts(loader(tmp_path, micro_batch_size=12).batch(0, 0)) != []
 
 
 def test_a_large_shard_costs_no_time_and_no_memory(tmp_path):
@@ -136,7 +134,7 @@ for _ in range(5):
     began = time.perf_counter()
     data = DataLoaderLite({str(tmp_path)!r}, "train", micro_batch_size=2, seq_len=32, vocab_size=50257)
     seconds.append(time.perf_counter() - began)
-data.next_batch()
+data.batch(0, 0)
 print(min(seconds), peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -152,7 +150,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, bad, place):
     np.save(tmp_path / "train_00000.npy", tokens)
     data = loader(tmp_path, seq_len=9, micro_batch_size=11)
     with pytest.raises(UserError, match=f"train_00000.npy has token id {bad} at position {place}"):
-        data.next_batch()
+        data.batch(0, 0)
 
 
 def test_bad_shards_are_refused(tmp_path):
@@ -171,7 +169,7 @@ def test_bad_shards_are_refused(tmp_path):
     refused("expected a 1-D array of integers", np.zeros((3, 40), np.uint16))
     refused("expected a 1-D array of integers", np.zeros(100, np.float32))
     refused("cannot be read", np.array(["a", {}], dtype=object))
-    refused("has 8 tokens: one window needs seq_len . 1 = 9", np.zeros(8, np.uint16))
+    refused("has 8 tokens: one sequence needs seq_len . 1 = 9", np.zeros(8, np.uint16))
     np.save(path, np.zeros(1000, np.uint16))
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):

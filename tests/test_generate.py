@@ -12,7 +12,7 @@ import torch
 
 from gpt.device import select_precision
 from gpt.generation import generate_text
-from scripts import command_line
+from scripts import cli
 from scripts import generate as script
 from tests.conftest import ROOT, Fork, assert_refused, command, environment, run, start, train, workers
 
@@ -166,7 +166,7 @@ def test_auto_takes_bfloat16_where_the_device_computes_it(log_dir, monkeypatch, 
     printed = capsys.readouterr()
     assert dtypes == [expected] and printed.err.endswith(f", {str(expected).removeprefix('torch.')}\n")
     if expected == torch.float32:
-        _, model, encoding = command_line.load_model(config, torch.device("cpu"))
+        _, model, encoding = cli.load_model(config, torch.device("cpu"))
         text, = generate_text(model, encoding, ["A"], 20, temperature=0.8, top_k=200, seed=1337)
         assert printed.out == text + "\n"
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from gpt.config import GPTConfig
 from gpt.loss import TOKEN_CHUNK, linear_cross_entropy, token_losses
 from gpt.model import GPT
-from gpt.optim import configure_optimizers
+from gpt.optim import configure_optimizer
 
 
 def reference(x, weight, targets):
@@ -82,7 +82,7 @@ def test_half_the_memory_of_full_logits(monkeypatch):
         monkeypatch.setattr("gpt.model.linear_cross_entropy", loss)
         with FakeTensorMode(), LiveMemory() as memory:
             model = GPT(GPTConfig())
-            (optimizer,) = configure_optimizers(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+            optimizer = configure_optimizer(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
             for _ in range(2):  # the optimizer's state comes with the first step
                 tokens = torch.zeros(16, 1024, dtype=torch.int64)
                 with torch.autocast("cpu", torch.bfloat16):

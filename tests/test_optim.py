@@ -1,5 +1,6 @@
 """gpt/optim.py: the schedule and the optimizers against their formulas."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from gpt.config import GPTConfig
 from gpt.model import GPT
-from gpt.optim import configure_optimizers, learning_rate
+from gpt.optim import configure_optimizer, get_lr, merge_state_dicts
 
 SCHEDULE = dict(max_lr=6e-4, min_lr_ratio=0.1, warmup_steps=100, max_steps=1000)
 
@@ -19,22 +20,22 @@ def model():
 
 def test_schedule():
     """Warmup from max_lr / warmup_steps, the peak, the middle and the end of the cosine."""
-    assert learning_rate(0, **SCHEDULE) == pytest.approx(6e-6)
-    assert learning_rate(49, **SCHEDULE) == pytest.approx(3e-4)
-    assert learning_rate(99, **SCHEDULE) == pytest.approx(6e-4)
-    assert learning_rate(100, **SCHEDULE) == pytest.approx(6e-4)
-    assert learning_rate(550, **SCHEDULE) == pytest.approx((6e-4 + 6e-5) / 2)
-    assert learning_rate(325, **SCHEDULE) == pytest.approx(6e-5 + 5.4e-4 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert learning_rate(1000, **SCHEDULE) == learning_rate(5000, **SCHEDULE) == pytest.approx(6e-5)
-    assert learning_rate(0, **{**SCHEDULE, "warmup_steps": 0}) == pytest.approx(6e-4)
-    assert learning_rate(5, max_lr=1, min_lr_ratio=0, warmup_steps=5, max_steps=5) == 1
+    assert get_lr(0, **SCHEDULE) == pytest.approx(6e-6)
+    assert get_lr(49, **SCHEDULE) == pytest.approx(3e-4)
+    assert get_lr(99, **SCHEDULE) == pytest.approx(6e-4)
+    assert get_lr(100, **SCHEDULE) == pytest.approx(6e-4)
+    assert get_lr(550, **SCHEDULE) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert get_lr(325, **SCHEDULE) == pytest.approx(6e-5 + 5.4e-4 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert get_lr(1000, **SCHEDULE) == get_lr(5000, **SCHEDULE) == pytest.approx(6e-5)
+    assert get_lr(0, **{**SCHEDULE, "warmup_steps": 0}) == pytest.approx(6e-4)
+    assert get_lr(5, max_lr=1, min_lr_ratio=0, warmup_steps=5, max_steps=5) == 1
 
 
 def test_adamw_follows_its_formula():
     """Three updates by hand, decay on matrices only (Loshchilov and Hutter 2019, algorithm 2)."""
     lr, decay, (b1, b2) = 1e-2, 0.1, (0.9, 0.95)
     net = model()
-    (optimizer,) = configure_optimizers(net, "adamw", lr=lr, weight_decay=decay, betas=(b1, b2))
+    optimizer = configure_optimizer(net, "adamw", lr=lr, weight_decay=decay, betas=(b1, b2))
     w = {name: p.detach().double().clone() for name, p in net.named_parameters()}
     m, v = {n: torch.zeros_like(t) for n, t in w.items()}, {n: torch.zeros_like(t) for n, t in w.items()}
     for t in range(1, 4):
@@ -55,7 +56,8 @@ def test_adamw_follows_its_formula():
 def test_every_parameter_has_one_optimizer():
     """Muon takes the matrices of the blocks, AdamW all others; none is left out and none is taken twice."""
     net = model()
-    adamw, muon = configure_optimizers(net, "muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = configure_optimizer(net, "muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    adamw, muon = optimizer.adamw, optimizer.muon
     names = {id(p): name for name, p in net.named_parameters()}
     taken = [[names[id(p)] for group in o.param_groups for p in group["params"]] for o in (adamw, muon)]
     assert sorted(taken[0] + taken[1]) == sorted(names.values())
@@ -63,3 +65,27 @@ def test_every_parameter_has_one_optimizer():
                                       for matrix in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
     decayed = [names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]]
     assert decayed == ["wte.weight", "wpe.weight"]
+
+
+def test_one_optimizer_updates_as_two_would():
+    """Muon with AdamW, bit for bit, also after its state was loaded; and the state has an entry per parameter."""
+    nets = [model(), model()]
+    settings = dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    one, parts = configure_optimizer(nets[0], "muon", **settings), configure_optimizer(nets[1], "muon", **settings)
+    for step in range(4):
+        if step == 2:
+            state = copy.deepcopy(one.state_dict())
+            assert len(state["state"]) == len(list(nets[0].parameters()))
+            one = configure_optimizer(nets[0], "muon", **settings)
+            one.load_state_dict(state)
+        idx = torch.randint(30, (4, 8), generator=torch.Generator().manual_seed(step))
+        for net, optimizers in zip(nets, ([one], [parts.adamw, parts.muon]), strict=True):
+            net(idx, idx.roll(-1, 1)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            net.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    merged = merge_state_dicts([parts.adamw.state_dict(), parts.muon.state_dict()])  # as older checkpoints have it
+    assert merged["param_groups"] == one.state_dict()["param_groups"]
+    for key, state in one.state_dict()["state"].items():
+        assert all(torch.equal(value, merged["state"][key][name]) for name, value in state.items())

@@ -15,7 +15,7 @@ from gpt.documents import split_of
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.shards import find_shards, open_shard, read_meta
-from gpt.tokenizer import PATTERN, get_tokenizer, new_tokenizer, token_bytes, train_tokenizer
+from gpt.tokenizer import PATTERN, get_tokenizer, new_tokenizer, token_lengths, train_tokenizer
 from tests.conftest import TEXT, TINY, assert_refused, metrics, run
 
 TABLE = train_tokenizer([TEXT.read_text()[:20000]], 500)
@@ -53,7 +53,7 @@ def test_the_data_carry_it_into_training_and_the_checkpoint(project):
     meta = read_meta(project / "data")
     table = (project / "tokenizer" / "tokenizer.tiktoken").read_text()
     assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == (table, 600, "uint16")
-    path, content, _ = checkpoint.newest(project / "log", print)
+    path, content, _ = checkpoint.load_latest(project / "log", print)
     assert content["config"]["vocab_size"] == 600 and content["tokenizer"] == table
     done = run("-m", "scripts.generate", "--log_dir", project / "log", "--prompt", "Before we", "--max_new_tokens", 20)
     assert done.returncode == 0 and done.stdout.startswith("Before we"), done.stderr
@@ -61,7 +61,7 @@ def test_the_data_carry_it_into_training_and_the_checkpoint(project):
 
 def test_bits_per_byte_are_those_of_the_plain_formula(project):
     """-log2 of the probability of the validation text, divided by its bytes: what compares tokenizers."""
-    _, content, _ = checkpoint.newest(project / "log", print)
+    _, content, _ = checkpoint.load_latest(project / "log", print)
     model, encoding = GPT.from_checkpoint(content).eval(), get_tokenizer(content["tokenizer"])
     tokens = torch.from_numpy(open_shard(find_shards(project / "data", "val")[0]).astype("int64"))
     windows = (len(tokens) - 1) // 32
@@ -84,7 +84,7 @@ def test_other_tools_read_it(project):
     text = TEXT.read_text() + " naïve café 東京 🙂  \t\n\n  12345 don't I'll  'twas"
     assert theirs(text)["input_ids"] == encoding.encode_ordinary(text)
     assert theirs.eos_token_id == encoding.eot_token == 599
-    assert checkpoint.load(project / "export")["tokenizer"] == read_meta(project / "data")["tokenizer"]
+    assert checkpoint.load_checkpoint(project / "export")["tokenizer"] == read_meta(project / "data")["tokenizer"]
     done = run("-m", "scripts.validate", "--model", project / "export", "--prompt", "Before we proceed")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -113,7 +113,7 @@ def test_any_text_comes_back(text):
     encoding = get_tokenizer(TABLE)
     tokens = encoding.encode_ordinary(text)
     assert encoding.decode_bytes(tokens) == text.encode()
-    assert token_bytes(encoding)[tokens].sum() == len(text.encode())
+    assert token_lengths(encoding)[tokens].sum() == len(text.encode())
 
 
 @given(st.binary())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpt.evaluation import sliding_losses
+from gpt.evaluation import sliding_window_losses
 from gpt.model import GPT
 from gpt.tokenizer import get_tokenizer
 from tests.conftest import TEXT, random_gpt2, run
@@ -40,7 +40,7 @@ def test_every_token_has_the_loss_of_the_guide(tmp_path, stride):
         tokens = np.random.default_rng(n).integers(90, size=n)
         expected = guide(theirs, tokens.tolist(), 20, stride)
         for batch_size in (1, 3, 100):
-            pairs = list(sliding_losses(ours, tokens, stride, batch_size))
+            pairs = list(sliding_window_losses(ours, tokens, stride, batch_size))
             losses, targets = (np.concatenate(column) for column in zip(*pairs, strict=True))
             assert losses == pytest.approx(expected, abs=1e-4), (n, batch_size)
             if stride < 20:

@@ -344,7 +344,7 @@ def test_a_full_disk_loses_nothing(big, undisturbed, tmp_path, monkeypatch):
     words = ["-m", "scripts.prepare", "--input", big, "--out", out, *BIG, "--shard_size", "400000"]
     done = subprocess.run(["bash", "-c", 'ulimit -f 700; exec "$0" "$@"', sys.executable, *map(str, words)],
                           capture_output=True, text=True, cwd=ROOT)
-    assert_refused(done, "train_00000.npy", "make room and run it again")
+    assert_refused(done, "train_00000.npy", "free disk space and run it again")
     assert not out.exists()
     config = PrepareConfig(input=[str(big)], out=str(out), shard_size=50000, val_fraction=0.2)
     synced, sync = [], ShardWriter.sync

@@ -5,15 +5,12 @@ import re
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from torch.distributed import HashStore
 
-from gpt import checkpoint, distributed
+from gpt import checkpoint
 from gpt.dataloader import DataLoaderLite
-from gpt.errors import UserError
 from tests.conftest import TINY_BYTES, metrics, run, run_ranks, start, workers
 from tests.soak import assert_equal_runs
 
@@ -95,27 +92,9 @@ def test_a_rank_that_dies_brings_the_job_back(byte_data, tmp_path):
             os.kill(workers(process.pid)[1], signal.SIGKILL)
         printed += line
     assert process.wait() == 0, printed
-    assert "error: lost a process: no answer from rank 1 of 2" in printed
+    assert printed.count("error: ") <= 1 and re.search(r"failed \(exitcode: -9\) local_rank: 1", printed), printed
     assert re.search(r"resuming from .*/model_\d+.pt at step \d+ of 40", printed)
     assert_equal_runs(tmp_path / "whole", tmp_path / "log")
-
-
-def test_a_restart_is_not_misled_by_what_the_dead_have_left(tmp_path):
-    """torchrun's store outlives restarts: ranks must never take the words of an earlier start for those of this one."""
-    store = HashStore()
-    for comers in ([1], [0, 1, 2], [0], [2, 1], [2, 0, 1], [1, 0, 2]):  # some starts are killed before all have come
-        with ThreadPoolExecutor() as pool:
-            starts = [pool.submit(distributed.meet, store, rank, 3, 1 if len(comers) < 3 else 20) for rank in comers]
-            if len(comers) < 3:
-                for start_ in starts:
-                    with pytest.raises(UserError, match="not started within 1 s"):
-                        start_.result()
-            else:
-                shared = [start_.result() for start_ in starts]
-                shared[0].set("key", "value")
-                assert [one.get("key") for one in shared[1:]] == [b"value"] * 2
-                assert not shared[0].check(["of this start"])
-                shared[0].set("of this start", "")
 
 
 def ends_with(process, seconds):
@@ -141,23 +120,21 @@ def test_a_hung_rank_is_named(byte_data, tmp_path):
         if line.startswith("step 3 "):
             os.kill(workers(process.pid)[1], signal.SIGSTOP)
             break
-    assert "no step has ended in 10 s: no answer from rank 1 of 2" in ends_with(process, 60)
-    assert checkpoint.newest(tmp_path / "log", print, resumable=True)[1]["step"] % 5 == 0
+    assert "error: rank 1 of 2 does not answer: it died, or hung for 10 s" in ends_with(process, 60)
+    assert checkpoint.load_latest(tmp_path / "log", print, require_optim=True)[1]["step"] % 5 == 0
 
 
 @pytest.mark.parametrize("fault, said", [
-    ("hang", r"no step has ended in 10 s: .*rank 1 of 2 is at scripts/train.py:\d+ \(x, y = train_loader.next_batch"),
-    ("dead", r"no step has ended in 1\d s: no answer from rank 1 of 2"),
-    ("nan", r"step 6: loss nan on rank 1.* goes on from .*model_00005.pt"),
-    ("drift", r"rank 1 has weights \d+, rank 0 has \d+: .*nothing is saved; go on from .*model_00005.pt")])
-def test_a_rank_that_goes_its_own_way_is_named(byte_data, tmp_path, monkeypatch, fault, said):
+    ("hang", r"error: rank 1 of 2 does not answer: it died, or hung for 10 s.* resumes from the last checkpoint"),
+    ("nan", r"step 6: loss nan on rank 1.* resumes from .*model_00005.pt"),
+    ("drift", r"rank 1 has weights_checksum \d+, rank 0 has \d+: .*nothing is saved; resume from .*model_00005.pt")])
+def test_a_faulty_rank_is_named(byte_data, tmp_path, monkeypatch, fault, said):
     """Stuck in its own work, at odds with arithmetic, or with weights of its own: never silent, never saved."""
     monkeypatch.setenv("FAULT", fault)
-    timeout = 300 if fault == "dead" else 10
-    words = words_for(byte_data, tmp_path / "log", "--max_steps", "20", "--rank_timeout", timeout)
-    process = start(*torchrun(2, "tests/broken_rank.py", *words[2:]))
+    words = words_for(byte_data, tmp_path / "log", "--max_steps", "20", "--rank_timeout", 10)
+    process = start(*torchrun(2, "tests/fault_injection.py", *words[2:]))
     assert re.search(said, ends_with(process, 60))
-    assert checkpoint.newest(tmp_path / "log", print, resumable=True)[1]["step"] == 5
+    assert checkpoint.load_latest(tmp_path / "log", print, require_optim=True)[1]["step"] == 5
 
 
 def test_processes_do_not_outlive_torchrun(byte_data, tmp_path):
@@ -171,7 +148,7 @@ def test_processes_do_not_outlive_torchrun(byte_data, tmp_path):
             process.kill()
             began = time.monotonic()
     assert time.monotonic() - began < 30
-    assert printed.count("error: torchrun has ended") == 1 and "most recent call last)" not in printed, printed
+    assert printed.count("error: torchrun has exited") == 1 and "most recent call last)" not in printed, printed
     assert run(*words, "--max_steps", "1").returncode == 0
 
 
@@ -180,21 +157,25 @@ def test_one_rank_alone_finds_a_mistake(byte_data, tmp_path):
     shutil.copytree(byte_data, tmp_path / "data")
     loader = DataLoaderLite(byte_data, "train", micro_batch_size=4, seq_len=32, vocab_size=256, total_batch_size=256,
                             rank=1, world_size=2)
-    window = loader.window_at(np.array([7 * 8 + 4]))[0]  # the first one of its share of step 7
-    shard = np.searchsorted(loader.first_window, window, side="right") - 1
+    sequence = loader.sequence_at(np.array([7 * 8 + 4]))[0]  # the first one of its share of step 7
+    shard = np.searchsorted(loader.shard_offsets, sequence, side="right") - 1
     path = tmp_path / "data" / loader.paths[shard].name
     tokens = np.load(path).astype(np.uint16)
-    tokens[(window - loader.first_window[shard]) * 32 + 5] = 9999
+    tokens[(sequence - loader.shard_offsets[shard]) * 32 + 5] = 9999
     np.save(path, tokens)
     process = start(*torchrun(2, *words_for(tmp_path / "data", tmp_path / "log", "--max_steps", "20")))
     assert re.search(rf"^error \(rank 1\): shard {path} has token id 9999", ends_with(process, 60))
     other = run_ranks(2, *words_for(byte_data, tmp_path / "other"), own={1: ["--max_lr", "1"]})
-    assert other[0].stderr.startswith("error: rank 1 has max_lr 1.0, rank 0 has 0.01: start all with the same flags")
+    printed = "".join(done.stderr for done in other)  # by the first of the two
+    assert printed.count("\n") == 1
+    assert ": rank 1 has max_lr 1.0, rank 0 has 0.01: start all ranks with the same flags" in printed
     assert not list(tmp_path.glob("other/*"))
 
 
 def test_a_mistake_of_all_ranks_is_said_once(byte_data, tmp_path):
     """In the flags, and in what the flags name: not as often as there are processes."""
-    for words in (["--max_steps", "many"], ["--max_steps", "-1"], ["--data_root", "missing"]):
+    for words, message in ((["--max_steps", "many"], "Error parsing --max_steps"), (["--max_steps", "-1"], "error"),
+                           (["--data_root", "missing"], "error")):
         done = run(*torchrun(2, *words_for(byte_data, tmp_path, *words)))
-        assert done.stderr.count("error: ") == 1 and "error (rank" not in done.stderr
+        lines = [line for line in done.stderr.splitlines() if re.match(rf"(│ )?{message}\b", line)]
+        assert len(lines) == 1, done.stderr

@@ -21,8 +21,21 @@ from gpt import checkpoint
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
 from gpt.device import select_precision
+from gpt.files import load_pt
 from gpt.model import GPT
-from tests.conftest import ROOT, TINY, assert_refused, command, environment, metrics, run, start, train, workers
+from tests.conftest import (
+    ROOT,
+    TINY,
+    TINY_BYTES,
+    assert_refused,
+    command,
+    environment,
+    metrics,
+    run,
+    start,
+    train,
+    workers,
+)
 
 STEPS = ["--max_steps", "20", "--eval_every", "5", "--save_every", "10", "--sample_every", "10"]
 
@@ -52,16 +65,17 @@ def test_what_a_run_prints_and_leaves(finished):
     assert val[20]["loss"] < train_records[0]["loss"] - 1  # it learns
     assert val[20]["perplexity"] == pytest.approx(math.exp(val[20]["loss"]))
     best = min(val.values(), key=lambda record: record["loss"])
-    assert checkpoint.load(log_dir / "model_best.pt")["step"] == best["step"]
-    content = checkpoint.load(log_dir / "model_00020.pt")
-    assert content["val_loss"] == val[20]["loss"] and content["tokenizer"] == "gpt2"
+    content = checkpoint.load_checkpoint(log_dir / "model_best.pt")
+    assert (content["step"], content["val_loss"]) == (best["step"], best["loss"])
+    content = checkpoint.load_checkpoint(log_dir / "model_00020.pt")
+    assert content["tokenizer"] == "gpt2"
     assert content["train_config"] == yaml.safe_load((log_dir / "config.yaml").read_text())
 
 
 def test_the_validation_loss_is_the_plain_mean(finished, data_root):
     """Over the first eval_tokens of the val split, by the plain formula on full logits."""
     log_dir, _ = finished
-    model = GPT.from_checkpoint(checkpoint.load(log_dir / "model_00020.pt")).eval()
+    model = GPT.from_checkpoint(checkpoint.load_checkpoint(log_dir / "model_00020.pt")).eval()
     tokens = torch.tensor(np.load(data_root / "val_00000.npy").astype(np.int64))[:513]
     with torch.no_grad():
         logits = model(tokens[:512].view(16, 32)).double()
@@ -75,7 +89,7 @@ def test_the_first_update_is_the_plain_one(data_root, tmp_path):
     torch.manual_seed(1337)
     model = GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16))
     x, y = DataLoaderLite(data_root, "train", micro_batch_size=8, seq_len=32, vocab_size=50257,
-                          total_batch_size=256).next_batch()
+                          total_batch_size=256).batch(0, 0)
     loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
@@ -107,7 +121,7 @@ def test_resume_after_kill_repeats_the_same_losses(finished, data_root, tmp_path
 
 def assert_same_weights(one, other):
     """To the last bit."""
-    one, other = checkpoint.load(one)["model"], checkpoint.load(other)["model"]
+    one, other = checkpoint.load_checkpoint(one)["model"], checkpoint.load_checkpoint(other)["model"]
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -160,8 +174,8 @@ def test_a_signal_in_the_first_step_leaves_at_once(data_root, tmp_path, ranks):
             process.send_signal(signal.SIGTERM)
             began = time.monotonic()
     assert process.wait() == (143 if ranks == 1 else 1) and time.monotonic() - began < 15
-    assert "".join(printed).count("SIGTERM: stopping before the first update") == 1
-    assert checkpoint.newest(tmp_path, print, resumable=True)[1]["step"] == 0
+    assert "".join(printed).count("SIGTERM: stopping before the first completed step") == 1
+    assert checkpoint.load_latest(tmp_path, print, require_optim=True)[1]["step"] == 0
     assert metrics(tmp_path, "train") == {}
 
 
@@ -196,7 +210,7 @@ def test_a_finished_run_says_so_and_can_go_on(finished, data_root):
     log_dir, _ = finished
     before = {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()}
     done = train(data_root, log_dir, *STEPS)
-    assert "is finished, step 20 of 20; raise --max_steps," in done.stdout
+    assert "the run is finished, step 20 of 20; raise --max_steps" in done.stdout
     assert {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()} == before
 
 
@@ -206,25 +220,45 @@ def test_another_shape_is_refused_and_nothing_is_lost(finished, data_root):
     before = {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()}
     done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY, "--model.n_layer", "3",
                "--seq_len", "64", "--max_steps", "30")
-    assert_refused(done, "another shape", "n_layer 2 there, 3 here", "block_size 32 there, 64 here")
+    assert_refused(done, "another model config", "n_layer: checkpoint 2, requested 3",
+                   "block_size: checkpoint 32, requested 64")
     assert "dropout" not in done.stderr
     other = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY, "--max_steps", "30",
                 "--optimizer", "muon")
     assert_refused(other, "optimizer state of step 20 does not fit", "--optimizer")
     new = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY, "--max_steps", "30",
               "--init_from", log_dir / "model_00010.pt")
-    assert_refused(new, "began with init_from scratch", "another --log_dir")
+    assert_refused(new, "a run with --init_from scratch", "another --log_dir")
     assert {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()} == before
 
 
-def test_other_data_is_said(byte_data, tmp_path):
-    """With other data the order is another one: a run that goes on with it is not the run it would have been."""
+def test_resuming_on_other_data_is_refused(byte_data, tmp_path):
+    """By the name of the shard; the command that the message gives begins a new run from the weights."""
     shutil.copytree(byte_data, tmp_path / "data")
-    words = ["--model.vocab_size", "256", "--sample_every", "0", "--log_dir", tmp_path / "log"]
-    train(tmp_path / "data", tmp_path / "log", *words, "--max_steps", "1")
-    shutil.copy(tmp_path / "data" / "train_00001.npy", tmp_path / "data" / "train_00002.npy")
-    done = train(tmp_path / "data", tmp_path / "log", *words, "--max_steps", "2")
-    assert "changed: max_steps 1 -> 2; windows of the train split 998 -> 1372" in done.stdout
+    words = ["-m", "scripts.train", "--data_root", tmp_path / "data", *TINY_BYTES, "--sample_every", "0"]
+    assert run(*words, "--log_dir", tmp_path / "log", "--max_steps", "1").returncode == 0
+    shutil.copy(tmp_path / "data" / "train_00001.npy", tmp_path / "data" / "train_00000.npy")
+    done = run(*words, "--log_dir", tmp_path / "log", "--max_steps", "2")
+    assert_refused(done, "train_00000.npy: was 20000 tokens", f"--init_from {tmp_path}/log/model_00001.pt --log_dir")
+    again = run(*words, "--log_dir", tmp_path / "new", "--max_steps", "1", "--init_from",
+                tmp_path / "log" / "model_00001.pt")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_failed_evaluation_loses_nothing(byte_data, tmp_path, monkeypatch):
+    """The step was saved before it: the run resumes from that very step, and does the evaluation then."""
+    monkeypatch.setenv("FAULT", "evaluation")
+    words = ["--data_root", byte_data, "--log_dir", tmp_path / "log", *TINY_BYTES, "--sample_every", "0",
+             "--max_steps", "6", "--eval_every", "3", "--save_every", "3"]
+    failed = run("tests/fault_injection.py", *words)
+    assert failed.returncode == 1 and "evaluation failed" in failed.stderr
+    assert list(metrics(tmp_path / "log", "train")) == [0, 1, 2]
+    done = run("-m", "scripts.train", *words)
+    assert done.returncode == 0 and "model_00003.pt at step 3 of 6" in done.stdout
+    whole = run("-m", "scripts.train", *words, "--log_dir", tmp_path / "whole")
+    assert whole.returncode == 0
+    for split in ("train", "val"):
+        assert metrics(tmp_path / "log", split) == metrics(tmp_path / "whole", split)
 
 
 def test_init_from_starts_a_new_run_with_old_weights(finished, data_root, tmp_path):
@@ -233,18 +267,18 @@ def test_init_from_starts_a_new_run_with_old_weights(finished, data_root, tmp_pa
     train(data_root, tmp_path, "--max_steps", "1", "--eval_every", "1", "--init_from", log_dir / "model_00020.pt",
           "--model.n_layer", "7", "--seq_len", "16", "--sample_every", "0", "--optimizer", "muon")
     assert metrics(tmp_path, "train")[0]["loss"] == pytest.approx(metrics(log_dir, "train")[19]["loss"], abs=0.5)
-    assert checkpoint.load(tmp_path / "model_00001.pt")["config"]["n_layer"] == 2
+    assert checkpoint.load_checkpoint(tmp_path / "model_00001.pt")["config"]["n_layer"] == 2
 
 
 @pytest.mark.parametrize("words, what", [(["--max_steps", "9", "--eval_every", "0"], "step 1: loss nan"),
                                          (["--max_steps", "9", "--eval_every", "0", "--save_every", "1"],
                                           "step 1: norm of the weights inf"),
-                                         (["--max_steps", "1"], "step 1: validation loss nan")])
+                                         (["--max_steps", "1"], "next loss nan")])
 def test_divergence_stops_and_spares_the_checkpoints(data_root, tmp_path, words, what):
     """Ruined by the first update: the step, advice, and nothing saved or logged of it."""
     done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", tmp_path, *TINY, *words,
                "--max_lr", "1e30", "--warmup_steps", "0", "--grad_clip", "0")
-    assert_refused(done, what, "has diverged", f"goes on from {tmp_path}/model_00000.pt", "lower --max_lr")
+    assert_refused(done, what, "has diverged", f"resumes from {tmp_path}/model_00000.pt", "lower --max_lr")
     assert [path.name for path in tmp_path.glob("model_*.pt")] == ["model_00000.pt"]
     assert list(metrics(tmp_path, "train")) == [0] and metrics(tmp_path, "val") == {}
 
@@ -256,13 +290,10 @@ def test_config_file_flags_and_saved_config(data_root, tmp_path):
         "data_root": str(data_root), "log_dir": str(tmp_path / "a"), "max_steps": 2, "eval_every": 0,
         "sample_every": 0, "seq_len": 32, "micro_batch_size": 4, "total_batch_size": 128, "device": "cpu",
         "model": {"n_layer": 1, "n_head": 1, "n_embd": 8}}))
-    for words in (["--max_steps", "1", "--config", config], ["--config", config, "--max_steps", "1"]):
-        done = run("-m", "scripts.train", *words, "--model.n_head", "2", "--print_config")
-        assert yaml.safe_load(done.stdout)["max_steps"] == 1
-        assert yaml.safe_load(done.stdout)["model"]["n_head"] == 2
-        assert yaml.safe_load(done.stdout)["model"]["n_embd"] == 8
-    first = run("-m", "scripts.train", "--config", config)
+    first = run("-m", "scripts.train", "--max_steps", "1", "--config", config, "--model.n_head", "2")
     assert first.returncode == 0, first.stderr
+    written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert (written["max_steps"], written["model"]["n_head"], written["model"]["n_embd"]) == (1, 2, 8)
     again = run("-m", "scripts.train", "--config", tmp_path / "a" / "config.yaml", "--log_dir", tmp_path / "b")
     assert again.returncode == 0, again.stderr
     assert metrics(tmp_path / "a", "train") == metrics(tmp_path / "b", "train")
@@ -291,7 +322,7 @@ def test_mixed_precision_trains_and_resumes(data_root, tmp_path, precision):
              "--eval_every", "3", "--sample_every", "0"]
     train(data_root, tmp_path / "whole", *words, "--max_steps", "6")
     assert metrics(tmp_path / "whole", "val")[6]["loss"] < metrics(tmp_path / "whole", "train")[0]["loss"] - 0.3
-    scaler = checkpoint.read(tmp_path / "whole" / "optim_00006.pt")["scaler"]
+    scaler = load_pt(tmp_path / "whole" / "optim_00006.pt")["scaler"]
     assert bool(scaler) == (precision == "fp16")
     train(data_root, tmp_path / "halves", *words, "--max_steps", "3")
     train(data_root, tmp_path / "halves", *words, "--max_steps", "6")
@@ -321,20 +352,20 @@ def test_out_of_memory_names_the_next_smaller_micro_batch(data_root, tmp_path):
     limited = ["bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", *command(*map(str, words))]
     done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert_refused(done, "--micro_batch_size 65536", "pass --micro_batch_size 32768")
-    assert checkpoint.newest(tmp_path, print, resumable=True)[1]["step"] == 0
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_skipped_update_is_said(byte_data, tmp_path):
     """Where gradients overflow in fp16 the scaler skips the update: in the log as well, not only in the weights."""
     words = ["--model.vocab_size", "256", "--precision", "fp16", "--sample_every", "0", "--eval_every", "0"]
     train(byte_data, tmp_path, *words, "--max_steps", "1")
-    optim = checkpoint.read(tmp_path / "optim_00001.pt")
+    optim = load_pt(tmp_path / "optim_00001.pt")
     optim["scaler"]["scale"] = 2.0**40
     torch.save(optim, tmp_path / "optim_00001.pt")
     done = train(byte_data, tmp_path, *words, "--max_steps", "2")
     assert "step 1: no update, the gradients overflow in fp16; loss scale now 5.49756e+11" in done.stdout
     assert metrics(tmp_path, "train")[1]["grad_norm"] is None
-    before, after = (checkpoint.load(tmp_path / f"model_0000{step}.pt")["model"] for step in (1, 2))
+    before, after = (checkpoint.load_checkpoint(tmp_path / f"model_0000{step}.pt")["model"] for step in (1, 2))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -352,7 +383,7 @@ def test_sigterm_under_torchrun_saves_once(data_root, tmp_path, target):
     assert process.wait(timeout=60) != 0
     stopped = [int(number) for number in re.findall(r"stopped at step (\d+) of", "".join(printed))]
     assert len(stopped) == 1, "".join(printed)
-    assert checkpoint.newest(tmp_path, print, resumable=True)[1]["step"] == stopped[0]
+    assert checkpoint.load_latest(tmp_path, print, require_optim=True)[1]["step"] == stopped[0]
     assert list(metrics(tmp_path, "train")) == list(range(stopped[0]))
 
 
@@ -377,5 +408,6 @@ def test_seq_len_auto_takes_what_a_short_text_has_room_for(tmp_path):
         np.save(tmp_path / f"{name}.npy", tokens[:count])
     train(tmp_path, tmp_path / "log", "--seq_len", "auto", "--max_steps", "2", "--sample_every", "0")
     assert yaml.safe_load((tmp_path / "log" / "config.yaml").read_text())["seq_len"] == 64
-    content = checkpoint.load(tmp_path / "log" / "model_00002.pt")
-    assert content["config"]["block_size"] == 64 and content["train_windows"] == 599 // 64
+    content = checkpoint.load_checkpoint(tmp_path / "log" / "model_00002.pt")
+    assert content["config"]["block_size"] == 64 and list(content["data"]) == [
+        "train_00000.npy", "train_00001.npy", "val_00000.npy"]

@@ -1,0 +1,164 @@
+"""Files that appear only when complete: atomic writes, JSON, verified .pt files; and the lock of a folder."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from gpt.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file for writing bytes; it appears as `path` when the block ends without an exception.
+
+    The bytes go to `.<name>.tmp` in the same folder, are synced to disk, and replace `path` in one step (`os.replace`):
+    a crash leaves the old file or the new one. An exception in the block removes the temporary file; a killed process
+    leaves it for `remove_temp_files`. An OSError, such as that of a full disk, names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+    if os.name == "posix":  # the new name itself must survive a power cut; Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_temp_files(folder: str | os.PathLike) -> None:
+    """Delete the temporary files of killed processes; call it only where nobody is writing."""
+    for temporary in Path(folder).glob(".*.tmp"):
+        temporary.unlink()
+
+
+def read_json(path: Path, description: str) -> dict:
+    """Return the JSON object in a file that should hold `description`.
+
+    Raises UserError if it does not, and FileNotFoundError if there is no file.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not {description} ({error})") from None
+    return content
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Return the records of a metrics.jsonl, without lines that are broken (a killed run's last one)."""
+    records = []
+    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "split" in record and all(isinstance(record.get(key), int | float) for key in (
+                "step", "acc" if record["split"] == "hellaswag" else "loss")):
+            records.append(record)
+    return records
+
+
+def save_pt(path: Path, content: dict) -> None:
+    """Write a dictionary of tensors and plain values, atomically, with every tensor on the CPU.
+
+    Raises OSError if the file cannot be written, to a full disk for one.
+    """
+    import torch  # takes a second, and prepare_shakespeare.py does without
+
+    try:
+        with atomic_write(path) as file:
+            torch.save(to_cpu(content), file)
+    except RuntimeError as error:  # torch.save hides the cause behind a complaint about positions in the file
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+        raise
+
+
+def to_cpu(value: Any) -> Any:
+    """Return `value` with every tensor in its dictionaries and lists on the CPU, so that it loads on any machine."""
+    if hasattr(value, "detach"):  # a tensor
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_cpu(item) for item in value)
+    return value
+
+
+def load_pt(path: Path) -> dict:
+    """Return the content of a file written by `save_pt`, with its checksums verified: `torch.load` does not.
+
+    Raises UserError for a file that is missing, damaged, or not a dictionary of tensors and plain values.
+    """
+    import torch
+
+    if not path.is_file():
+        raise UserError(f"no checkpoint {str(path)!r}: pass the path of a model_<step>.pt file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            # A flipped bit can mark an entry as a folder: torch.load then takes whatever happens to be in memory.
+            # torch.save leaves these attributes 0.
+            broken = broken or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
+        if broken:
+            raise UserError(f"{path} is damaged (at {broken} in it)")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # what a hostile or truncated file raises cannot be foreseen
+        reason = re.split(r"\. |\n", str(error))[0][:120]  # PyTorch goes on with how to load it anyway
+        raise UserError(f"{path} is damaged or not a .pt file ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+@contextlib.contextmanager
+def run_lock(folder: str | Path, setting: str = "log_dir", suffix: str = "") -> Iterator[None]:
+    """Hold the lock of `folder`, the value of `setting`, and delete temporary files of killed processes in it.
+
+    suffix: names the lock if several processes share the folder; then nothing is deleted. The system releases the lock
+    when the process ends, in whatever way. Raises UserError that names the owner if another process holds it.
+    """
+    path, owner_file = Path(folder) / f".lock{suffix}", Path(folder) / f".lock{suffix}_holder"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=2)  # a process that is just being killed still has it
+    except Timeout:
+        owner = owner_file.read_text().strip() if owner_file.exists() else "another process"
+        raise UserError(f"{setting} {str(folder)!r} is in use by {owner}: wait for that run, stop it, or pass another "
+                        f"--{setting}") from None
+    try:
+        owner_file.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}\n")
+        if not suffix:
+            remove_temp_files(folder)
+        yield
+    finally:
+        for file in (owner_file, path):
+            with contextlib.suppress(OSError):  # Windows keeps open files
+                file.unlink()
+        lock.release()
