@@ -12,7 +12,7 @@ import torch
 
 from gpt import pretrained
 from gpt.checkpoint import CheckpointManager
-from gpt.config import SIZES, GPTConfig
+from gpt.config import GPT2_CONFIGS, GPTConfig
 from gpt.distributed import Distributed
 from gpt.metrics import RunLog
 from gpt.model import GPT
@@ -38,11 +38,11 @@ def measure_load(folder: str | Path) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="gpt2")
+    parser.add_argument("--size", choices=list(GPT2_CONFIGS), default="gpt2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=".", help="a folder on the disk to measure")
     args = parser.parse_args()
-    model = GPT(GPTConfig(**SIZES[args.size]))
+    model = GPT(GPTConfig(**GPT2_CONFIGS[args.size]))
     optimizer = configure_optimizer(model, "adamw", lr=1e-9, weight_decay=0.0, betas=(0.9, 0.95))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

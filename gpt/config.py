@@ -1,4 +1,4 @@
-"""The shape of a GPT-2."""
+"""The config of a GPT-2 model."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,14 @@ from gpt.errors import UserError
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 124M.
+    """Sizes of a model; the defaults are GPT-2 124M. Raises UserError for impossible values."""
 
-    Raises UserError where a value cannot make a model.
-    """
-
-    block_size: int = 1024
-    """longest context, in tokens"""
-    vocab_size: int = 50257
-    """tokens the model knows"""
-    n_layer: int = 12
-    """blocks"""
-    n_head: int = 12
-    """attention heads in a block; must divide n_embd"""
-    n_embd: int = 768
-    """width: numbers in each token's vector"""
-    dropout: float = 0.0
-    """share of activations zeroed in training"""
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50257  # vocabulary size
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads per block; must divide n_embd
+    n_embd: int = 768  # embedding (hidden) dimension
+    dropout: float = 0.0  # dropout probability
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd"):
@@ -33,14 +24,14 @@ class GPTConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: every head gets an equal "
-                            f"share of the width; change one of the two")
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: all heads have the same "
+                            f"size; change one of the two")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
 
 
-# The four sizes that OpenAI released (Radford et al. 2019, table 2): GPTConfig(**SIZES["gpt2-medium"]).
-SIZES = {
+# The four sizes that OpenAI released (Radford et al. 2019, table 2): GPTConfig(**GPT2_CONFIGS["gpt2-medium"]).
+GPT2_CONFIGS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M

@@ -42,6 +42,7 @@ class TrainConfig:
     data_root: str = "shakespeare_data"  # folder with train_*.npy and val_*.npy
     log_dir: str = "log"  # output folder; a run found in it is resumed
     init_from: str = "scratch"  # or initial weights: a .pt, HF folder or name
+    # block_size 0: from seq_len or init_from; vocab_size 0: from the data
     model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
 
     total_batch_size: int = 32768  # tokens per optimizer step, over all GPUs

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt.config import SIZES, GPTConfig
+from gpt.config import GPT2_CONFIGS, GPTConfig
 from gpt.errors import UserError
 from gpt.model import GPT, attention
 
@@ -18,7 +18,7 @@ from gpt.model import GPT, attention
 def test_parameter_counts(size, parameters):
     """Those of the released models, the tied embedding counted once."""
     with torch.device("meta"):
-        assert GPT(GPTConfig(**SIZES[size])).num_parameters() == parameters
+        assert GPT(GPTConfig(**GPT2_CONFIGS[size])).num_parameters() == parameters
 
 
 def hugging_face(model: GPT) -> GPT2LMHeadModel:
