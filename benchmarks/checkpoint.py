@@ -17,6 +17,7 @@ from gpt.distributed import Distributed
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizer
+from scripts.train import TrainConfig
 
 # Run in a fresh process; on Linux /proc/self/status has the memory in use and its peak, in kB.
 LOAD = r"""
@@ -49,7 +50,7 @@ def main() -> None:
     optimizer.step()
     dist, seconds = Distributed(0, 1, torch.device("cpu")), []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        manager = CheckpointManager(folder, dist, RunLog(folder, dist))
+        manager = CheckpointManager(folder, dist, RunLog(TrainConfig(log_dir=folder), dist))
         manager.resume(model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
                        {"tokenizer": None, "train_config": {}, "data": {}})
         for step in range(args.rounds):

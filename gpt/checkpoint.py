@@ -5,9 +5,10 @@ resuming needs. The optimizer file is written first, so a `model_*.pt` exists on
 plain Python values and are loaded with `weights_only=True`: a checkpoint never runs code.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class CheckpointManager:
     def __init__(self, log_dir: str | Path, dist: Distributed, log: RunLog):
         self.log_dir, self.dist, self.log = Path(log_dir), dist, log
         latest: tuple = load_latest(log_dir, log.print, require_optim=True) or (None, None, None)
-        self.last_saved, self.model_state, self.optim_state = latest
+        path, self.model_state, self.optim_state = latest
+        self.last_saved = path or "the beginning"
         self.saved_step = self.model_state["step"] if self.model_state else -1
 
     def resume(self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -47,7 +49,7 @@ class CheckpointManager:
         Raises UserError if the optimizer state or the data do not belong to this run.
         """
         self.model, self.optimizer, self.scaler, self.metadata = model, optimizer, scaler, metadata
-        if not self.model_state or not self.optim_state:
+        if self.model_state is None:
             return 0
         saved, step = self.model_state, self.saved_step
         self.assert_same_data(saved.get("data") or {})
@@ -59,9 +61,13 @@ class CheckpointManager:
         return step
 
     def assert_same_data(self, data: dict[str, str]) -> None:
-        """Raise UserError that names the shard if the run's data is not what the checkpoint was trained on."""
+        """Raise UserError that names the shard if the run's data is not what the checkpoint was trained on.
+
+        Only splits that both know are compared: val has no fingerprint in a run without validation.
+        """
         now = self.metadata["data"]
-        changed = [name for name in {**data, **now} if data and data.get(name) != now.get(name)]
+        splits = {name.split("_")[0] for name in data} & {name.split("_")[0] for name in now}
+        changed = [name for name in {**data, **now} if name.split("_")[0] in splits and data.get(name) != now.get(name)]
         if changed:
             name, data_root = changed[0], self.metadata["train_config"]["data_root"]
             raise UserError(f"data in {data_root!r} is not what {self.last_saved} was trained on ({name}: was "
@@ -69,7 +75,7 @@ class CheckpointManager:
                             f"run from these weights with --init_from {self.last_saved} --log_dir NEW")
 
     def save(self, step: int, next_loss: torch.Tensor, must_succeed: bool) -> None:
-        """Save the model after `step` updates with the optimizer's state, once; delete old optimizer files.
+        """Save the model after `step` updates with the optimizer's state, unless that is done already.
 
         next_loss: a scalar, the model's loss on this rank's next batch: weights can be finite and so large that every
         loss is NaN. If the disk is full, warn, unless the save `must_succeed`. Raises UserError, and saves nothing, if
@@ -80,37 +86,63 @@ class CheckpointManager:
         weight_norm = torch.nn.utils.get_total_norm(self.model.parameters())
         for rank, (norm, loss) in enumerate(self.dist.gather(torch.stack([weight_norm, next_loss]))):
             self.assert_finite(step, f"norm of the weights {norm}, next loss {loss} on rank {rank}", norm, loss)
-        checksum = weights_checksum(self.model.state_dict())
-        self.dist.assert_same({"weights_checksum": checksum}, f"a processor or its memory is faulty, nothing is saved; "
-                              f"resume from {self.last_saved} without that machine",
-                              group=hardware_name(self.dist.device))
-        path, optim_path = (self.log_dir / f"{name}_{step:05d}.pt" for name in ("model", "optim"))
-        error = None
+        self.assert_same_weights()
+        error = ""
         if self.dist.is_master:
             try:
-                self.log.sync()
-                save_pt(optim_path, {"step": step, "weights_checksum": checksum, "scaler": self.scaler.state_dict(),
-                                     "optimizer": self.optimizer.state_dict()})
-                save_model(path, self.model, step=step, **self.metadata)
+                self.write(step)
             except OSError as os_error:
-                error = os_error
-                if not path.exists():  # of no use alone, and the disk may be full
-                    optim_path.unlink(missing_ok=True)
-        if self.dist.any_rank(error is not None):
+                error = str(os_error)
+        if error := self.dist.broadcast(error):
             message = f"step {step} is not saved ({error}), the last checkpoint is {self.last_saved}"
             if must_succeed:
                 raise UserError(f"{message}: free disk space, then the same command resumes from there")
             self.log.print(f"warning: {message}; training continues to the next save")
-            return
-        self.last_saved, self.saved_step = path, step
+        else:
+            self.last_saved, self.saved_step = self.log_dir / f"model_{step:05d}.pt", step
+
+    def write(self, step: int) -> None:
+        """Write both files of a checkpoint and delete old optimizer files. Raises OSError if they cannot be written."""
+        path, optim_path = (self.log_dir / f"{name}_{step:05d}.pt" for name in ("model", "optim"))
+        self.log.sync()
+        try:
+            save_pt(optim_path, {"step": step, "weights_checksum": weights_checksum(self.model.state_dict()),
+                                 "scaler": self.scaler.state_dict(), "optimizer": self.optimizer.state_dict()})
+            save_model(path, self.model, step=step, **self.metadata)
+        except OSError:
+            if not path.exists():  # of no use alone, and the disk may be full
+                optim_path.unlink(missing_ok=True)
+            raise
         self.log.print(f"saved {path}")
-        if self.dist.is_master:
-            optim_paths = [path for path in self.log_dir.glob("optim_*.pt") if 0 <= parse_step(path) <= step]
-            for old in sorted(optim_paths, key=parse_step)[:-MAX_OPTIM_FILES]:
+        optim_paths = [path for path in self.log_dir.glob("optim_*.pt") if 0 <= parse_step(path) <= step]
+        for old in sorted(optim_paths, key=parse_step)[:-MAX_OPTIM_FILES]:
+            with contextlib.suppress(OSError):
                 old.unlink()
 
+    @contextlib.contextmanager
+    def rescue(self, step: int) -> Iterator[None]:
+        """Save the model after `step` updates if the block fails, so that a failed evaluation loses nothing.
+
+        Rank 0 saves alone: the others may be the ones that failed. A UserError says that the run has diverged.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            if self.dist.is_master and step not in (0, self.saved_step):
+                self.write(step)
+            raise
+
+    def assert_same_weights(self) -> None:
+        """Raise UserError if ranks on equal hardware have different weights."""
+        self.dist.assert_same({"weights_checksum": weights_checksum(self.model.state_dict())}, f"a processor or its "
+                              f"memory is faulty, nothing is saved; resume from {self.last_saved} without that machine",
+                              group=hardware_name(self.dist.device))
+
     def save_best(self, step: int, val_loss: float) -> None:
-        """Save the model after `step` updates as model_best.pt; warn if the disk is full."""
+        """Save the model after `step` updates as model_best.pt; warn if the disk is full. Raises as `save`."""
+        self.assert_same_weights()
         if self.dist.is_master:
             try:
                 save_model(self.log_dir / "model_best.pt", self.model, step=step, val_loss=val_loss, **self.metadata)
@@ -136,8 +168,8 @@ class CheckpointManager:
         if self.scaler.is_enabled() and not math.isfinite(grad_norm) and self.scaler.get_scale() >= 1:
             self.log.print(f"step {step}: no update, the gradients overflow in fp16; loss scale now "
                            f"{self.scaler.get_scale():g}")
-        else:
-            self.assert_finite(step, f"gradient norm {grad_norm}", grad_norm)
+            return
+        self.assert_finite(step, f"gradient norm {grad_norm}", grad_norm)
 
 
 def save_model(path: Path, model: GPT, **metadata: Any) -> None:
@@ -149,9 +181,9 @@ def save_model(path: Path, model: GPT, **metadata: Any) -> None:
 
 
 def weights_checksum(weights: dict[str, torch.Tensor]) -> int:
-    """Return a number that differs, all but surely, if any bit of the weights (float32) does; exact on every device."""
+    """Return a number that almost certainly differs if any bit of the weights (float32) does; exact on every device."""
     sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in weights.values()]
-    return sum(place * value for place, value in enumerate(torch.stack(sums).tolist(), start=1)) % 2**63
+    return sum(i * value for i, value in enumerate(torch.stack(sums).tolist(), start=1)) % 2**63
 
 
 def parse_step(path: Path) -> int:

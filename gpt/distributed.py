@@ -48,15 +48,11 @@ class Distributed:
         """Return the `values` (n,) of every rank, world_size lists, on each of them. Waits for the device."""
         if self.world_size == 1:
             return [values.tolist()]
+        self.wait()  # before values.cpu(), which waits for the device and so for the other ranks
         values = values.cpu()
         gathered = [torch.empty_like(values) for _ in range(self.world_size)]
-        self.wait()
         torch.distributed.all_gather(gathered, values, self.control_group)
         return [row.tolist() for row in gathered]
-
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether `flag` is true on any rank; every rank must ask."""
-        return any(vote for vote, in self.gather(torch.tensor([float(flag)])))
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` (plain Python values) on every rank."""
@@ -96,7 +92,9 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
         return
     rank_device, launcher = select_rank_device(device, local_rank, world_size), os.getppid()
     # Rank 0 names ranks that hang after rank_timeout; what PyTorch itself says of them comes later and says less.
-    timeout = datetime.timedelta(seconds=min(rank_timeout, 1e8) + 10)
+    rank_timeout = min(rank_timeout, 1e8)
+    timeout = datetime.timedelta(seconds=rank_timeout + 10)
+    store = None
     try:
         store = next(torch.distributed.rendezvous("env://", timeout=timeout))[0]
         # torchrun keeps one store for all restarts, with the addresses of dead processes in it.
@@ -104,12 +102,12 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
         store.set(f"rank {rank}", "")
         store.wait([f"rank {r}" for r in range(world_size)], datetime.timedelta(seconds=rank_timeout))
     except torch.distributed.DistError as error:
-        with contextlib.suppress(torch.distributed.DistError, UnboundLocalError):
-            missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
-            raise UserError(f"rank {', '.join(missing)} of {world_size} has not started within {rank_timeout:g} s, see "
-                            f"--rank_timeout") from None
-        raise UserError(f"the {world_size} ranks cannot meet at {os.environ.get('MASTER_ADDR')}:"
-                        f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]})") from None
+        if store is None:
+            raise UserError(f"rendezvous of {world_size} ranks at {os.environ.get('MASTER_ADDR')}:"
+                            f"{os.environ.get('MASTER_PORT')} failed ({str(error).splitlines()[0]})") from None
+        missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
+        raise UserError(f"rank {', '.join(missing)} of {world_size} has not started within {rank_timeout:g} s "
+                        f"(--rank_timeout)") from None
     try:
         is_cuda = rank_device.type == "cuda"
         torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, store=store, rank=rank,
@@ -146,7 +144,8 @@ def first_failure(error: Exception, store: torch.distributed.Store, world_size: 
 
     If a collective only reports a lost connection, torchrun names the process that died first: wait for that.
     """
-    silent = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error))
+    silent = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error)) or re.search(
+        r"while waiting for send/recv from rank (0)", str(error))
     lost_contact = isinstance(error, RuntimeError) and any(
         word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier")) or isinstance(
         error, torch.distributed.DistError)

@@ -32,6 +32,10 @@ from gpt.model import GPT
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # positions in a batch, padding included
 
 
+class Interrupted(Exception):
+    """A signal has asked the run to stop."""
+
+
 @dataclass
 class Example:
     """A context, its possible endings, and which of them is right, counted from 0."""
@@ -177,11 +181,11 @@ def predict(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], ba
 
 
 def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], dist: Distributed, dtype: torch.dtype,
-             show_bar: bool = False, stopped: Callable[[], bool] = lambda: False) -> dict | None:
+             batch_tokens: int = 0, show_bar: bool = False, stopped: Callable[[], bool] = lambda: False) -> dict | None:
     """`acc` and `acc_norm` over the `examples`, which ranks share, with standard errors sqrt(p (1 - p) / (n - 1)).
 
-    dtype: of autocast. Use the uncompiled model. `stopped` is asked after each example: None if it says yes on any
-    rank.
+    dtype: of autocast. batch_tokens: positions in a batch; 0: by the device. Use the uncompiled model. Return None if
+    `stopped`, called after each example, is true on any rank.
     """
     was_training = model.training
     model.eval()
@@ -189,17 +193,17 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
     labels, choices = torch.tensor([example.label for example in mine]), torch.full((len(mine), 2), -1)
     no_bar = None if show_bar and dist.is_master else True  # None: where standard error is a terminal
     with (tqdm(total=len(mine), unit="example", disable=no_bar, dynamic_ncols=True, leave=None) as bar,
-          contextlib.suppress(InterruptedError)):
+          contextlib.suppress(Interrupted)):
         def report(index: int, scores: torch.Tensor) -> None:
             bar.update()
             choices[index] = scores.argmin(1)
             accuracies = (choices == labels[:, None]).sum(0) / (choices[:, 0] >= 0).sum()
             bar.set_postfix_str("acc {:.4f}, acc_norm {:.4f}".format(*accuracies.tolist()), refresh=False)
             if stopped():
-                raise InterruptedError
+                raise Interrupted
 
         if mine:
-            predict(model, encoding, mine, BATCH_TOKENS.get(dist.device.type, 8192), dtype, report)
+            predict(model, encoding, mine, batch_tokens or BATCH_TOKENS.get(dist.device.type, 8192), dtype, report)
     model.train(was_training)
     right = (choices == labels[:, None]).sum(0).tolist()
     counts = dist.gather(torch.tensor([*right, len(mine), stopped()], dtype=torch.float32))

@@ -15,7 +15,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
     x: (N, C) hidden states, weight: (V, C) of the LM head, targets: (N,) int64 below V.
     """
-    # Asked here: inside the function gradients are off, and its needs_input_grad ignores torch.no_grad().
+    # Checked here: inside the Function gradients are always off, and needs_input_grad ignores torch.no_grad().
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return TokenChunkedCrossEntropy.apply(x, weight, targets)
     return token_losses(x, weight, targets).mean()

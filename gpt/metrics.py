@@ -30,12 +30,12 @@ SAMPLE_HEADER = re.compile(r"^--- sample at step (\d+) ---$", re.MULTILINE)
 class RunLog:
     """Logs a run, and is its memory of what has been evaluated: metrics.jsonl, read by rank 0 and told to all.
 
-    All ranks call every method and have the same state; only rank 0 prints and writes. On a terminal a progress bar
-    replaces the step lines.
+    All ranks call every method and know the same evaluations; only rank 0 prints and writes. On a terminal a progress
+    bar replaces the step lines.
     """
 
-    def __init__(self, log_dir: str | Path, dist: Distributed):
-        self.folder, self.dist = Path(log_dir), dist
+    def __init__(self, config: Any, dist: Distributed):
+        self.config, self.folder, self.dist = config, Path(config.log_dir), dist
         self.path, self.samples_path = self.folder / "metrics.jsonl", self.folder / "samples.txt"
         self.bar: tqdm | None = None
         self.size, self.pending_lines = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
@@ -63,18 +63,18 @@ class RunLog:
         self.print(f"{model.num_parameters():,} parameters, {config.precision}, a step is "
                    f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
                    + (f" on each of {dist.world_size} ranks" if dist.world_size > 1 else "")
-                   + f", MFU of {peak / 1e12:.3g} TFLOP/s ({source})")
+                   + f", peak {peak / 1e12:.3g} TFLOP/s for MFU ({source})")
         if dist.is_master:
             self._read(step)
-            if step < config.max_steps:
+            if step < config.max_steps and not self.out_of_patience:
                 with atomic_write(self.folder / "config.yaml") as file:
                     file.write(yaml.safe_dump(settings, sort_keys=False).encode())
                 self._start_trackers(step, settings)
                 if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
                     self.bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True)
         self.evaluations = dist.broadcast(self.evaluations)
-        if config.compile and step < config.max_steps:
-            self.print("torch.compile works during the first step, which takes a minute or more")
+        if config.compile and step < config.max_steps and not self.out_of_patience:
+            self.print("compiling the model in the first step, which takes a minute or more")
 
     def _read(self, step: int) -> None:
         """Load the records of a run that resumes at `step`: updates before it, evaluations of its model and earlier."""
@@ -109,7 +109,9 @@ class RunLog:
     def out_of_patience(self) -> bool:
         """Whether the last `patience` validations brought no new best loss; never if `patience` is 0."""
         losses = self.val_losses
-        return 0 < self.patience <= len(losses) - 1 - losses.index(min(losses)) if losses else False
+        if not losses or not self.patience:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def has(self, split: str, step: int) -> bool:
         """Return whether the model after `step` updates has been evaluated on "val", "hellaswag" or "samples"."""
@@ -151,11 +153,12 @@ class RunLog:
             self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | grad norm: "
                        f"{grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}"
                        + "".join(f" | peak memory: {gb:.1f} GB" for gb in memory.values()))
-        val_records = [record for record in self.evaluations if record["split"] == "val"]
-        for name, message in diagnose(self.train, val_records, self.vocab_size, c.warmup_steps).items():
-            if name not in self.warned:
-                self.warned.add(name)
-                self.print(f"warning: {message}")
+        if self.dist.is_master:
+            val_records = [record for record in self.evaluations if record["split"] == "val"]
+            for name, message in diagnose(self.train, val_records, self.vocab_size, c.warmup_steps).items():
+                if name not in self.warned:
+                    self.warned.add(name)
+                    self.print(f"warning: {message}")
         hours = seconds * (c.max_steps - step - 1) / 3600
         if step == self.first_step and self.dist.device.type == "cpu" and hours > 1:
             self.print(f"at {seconds:.2g} s a step this run takes about {hours:.0f} hours on this CPU; a small model "

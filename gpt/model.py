@@ -32,9 +32,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     the plain formula there, as long as the (T, T) scores take no more memory than float32 copies of q, k, v and the
     result would; longer ones go through the fused kernel in float32.
     """
-    shape, (T, D) = q.shape, q.shape[2:]
+    B, n_head, T, D = q.shape
     is_causal = mask is None
-    if T == 1:  # an `if`, because torch.compile's symbolic `T > 1` is no bool
+    if T == 1:  # not `mask is None and T > 1`: under torch.compile that can be symbolic, and no bool
         is_causal = False
     if not (q.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
@@ -42,7 +42,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * n_head, T, D)
         causal_bias = q.new_full((T, T), -math.inf).triu(1).expand(len(q), T, T)
         p = torch.baddbmm(causal_bias, q, k.mT, alpha=1 / math.sqrt(D)).softmax(2)  # (B * n_head, T, T)
-        return (F.dropout(p, dropout_p) @ v).view(shape)
+        return (F.dropout(p, dropout_p) @ v).view(B, n_head, T, D)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout_p, is_causal)
 

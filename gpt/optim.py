@@ -23,7 +23,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """Update all parameters."""
-        n = len(self.adamw.param_groups)  # load_state_dict has replaced groups and state: hand them down each time
+        n = len(self.adamw.param_groups)  # load_state_dict() replaces groups and state: point both at the current ones
         self.adamw.param_groups, self.muon.param_groups = self.param_groups[:n], self.param_groups[n:]
         self.adamw.state = self.muon.state = self.state
         self.adamw.step()

@@ -98,12 +98,12 @@ def resolve(config: Any, dist: Distributed, checkpoint: dict | None, report: Cal
 
 def out_of_memory_advice(config: Any, dist: Distributed) -> str:
     """Return an error message that names the next smaller micro-batch that divides the step."""
-    what = f"{dist.device} is out of memory with --micro_batch_size {config.micro_batch_size}"
-    if config.seq_len == "auto" or config.micro_batch_size == 1:
-        return f"{what}: use a smaller model or a shorter --seq_len"
+    message = f"{dist.device} is out of memory with --micro_batch_size {config.micro_batch_size}"
+    if config.micro_batch_size == 1:
+        return f"{message}: use a smaller model or a shorter --seq_len"
     sequences = config.total_batch_size // config.seq_len // dist.world_size  # per rank and step
     smaller = next(b for b in range(config.micro_batch_size // 2, 0, -1) if sequences % b == 0)
-    return f"{what}: pass --micro_batch_size {smaller} (the same run with the same losses, in smaller pieces)"
+    return f"{message}: pass --micro_batch_size {smaller} (the same run with the same losses, in smaller pieces)"
 
 
 def init_model(config: Any, vocab_size: int, tokenizer: str | None, checkpoint: dict | None) -> GPT:
@@ -111,7 +111,7 @@ def init_model(config: Any, vocab_size: int, tokenizer: str | None, checkpoint: 
 
     Raises UserError if a checkpoint does not fit the settings.
     """
-    ckpt_settings = checkpoint and checkpoint.get("train_config") or {}
+    ckpt_settings = (checkpoint or {}).get("train_config") or {}
     for name in ("overfit_one_batch", "init_from"):
         if ckpt_settings.get(name, getattr(config, name)) != getattr(config, name):
             raise UserError(f"log_dir {config.log_dir!r} holds a run with --{name} {ckpt_settings[name]}, not "

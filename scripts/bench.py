@@ -6,7 +6,6 @@ All flags of scripts.train choose what is measured, such as --config configs/lap
 import contextlib
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -72,7 +71,7 @@ def main(config: BenchConfig) -> None:
 
 
 def bench_train(config: BenchConfig, vocab_size: int, device: torch.device, folder: Path) -> list[dict]:
-    """The real training loop on random tokens, without what happens between steps."""
+    """Return a row for the real training loop on random tokens, without what happens between steps."""
     precision = select_precision(config.precision, device)
     peak, source = peak_flops(device, DTYPES[precision])
     tokens = np.random.default_rng(0).integers(vocab_size, size=config.total_batch_size * 2 + 1)
@@ -80,11 +79,14 @@ def bench_train(config: BenchConfig, vocab_size: int, device: torch.device, fold
     warmup, seq_len = 3, int(config.seq_len)
     run = {each.name: getattr(config, each.name) for each in fields(train.TrainConfig)} | dict(
         model=replace(config.model, vocab_size=vocab_size), data_root=str(folder), log_dir=str(folder / "log"),
-        max_steps=warmup + config.repeats, eval_every=0, save_every=0, sample_every=0, hellaswag_every=0)
+        max_steps=warmup + config.repeats, max_tokens=0, max_epochs=0, patience=0, overfit_one_batch=False,
+        init_from="scratch", eval_every=0, save_every=0, sample_every=0, hellaswag_every=0, tensorboard=False,
+        wandb_project=None)
     with contextlib.redirect_stdout(sys.stderr):
-        train.main(train.TrainConfig(**run))
+        if status := train.main(train.TrainConfig(**run)):  # a signal
+            sys.exit(status)
     rates = [record["tokens_per_s"] for record in read_metrics(folder / "log" / "metrics.jsonl")][warmup:]
-    model = torch.load(next((folder / "log").glob("model_*.pt")))
+    model = torch.load(next((folder / "log").glob("model_*.pt")), mmap=True)  # not counted as this process's memory
     n = sum(tensor.numel() for tensor in model["model"].values())
     flops = flops_per_token(GPTConfig(**model["config"]), n, seq_len)
     peak = max(peak, peak_flops(device, DTYPES[precision])[0])  # of before and after: others may use this machine
@@ -168,6 +170,8 @@ def peak_memory(device: torch.device) -> int:
     """The most memory in use so far, in bytes: of the GPU's for tensors, or of the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

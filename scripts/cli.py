@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import os
-import signal
 import sys
 import textwrap
 import time
@@ -45,7 +44,7 @@ def run_cli(main: Callable[[Any], int | None], config_class: type) -> None:
         status = 2
     except BrokenPipeError:  # the reader exited, as `head` does
         redirect_stdout_to_devnull()
-        status = 128 + signal.SIGPIPE
+        status = 128 + 13  # SIGPIPE, which Windows does not have
     except OSError as error:
         if error.filename is None and error.errno not in DISK_FULL:  # not a disk error
             raise
@@ -114,10 +113,11 @@ def yaml_flags(settings: dict, prefix: str = "--") -> Iterator[str]:
 
 @REGISTRY.primitive_rule
 def bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Spell booleans as YAML does. A flag without a value is true."""
+    """Take booleans as YAML and as Python spell them. A flag without a value is true."""
     return None if info.type is not bool else PrimitiveConstructorSpec(
-        nargs=(0, 1), metavar="{true,false}", choices=("true", "false"), is_instance=lambda v: isinstance(v, bool),
-        instance_from_str=lambda words: words != ["false"], str_from_instance=lambda v: [str(v).lower()])
+        nargs=(0, 1), metavar="{true,false}", choices=("true", "false", "True", "False"),
+        is_instance=lambda v: isinstance(v, bool), str_from_instance=lambda v: [str(v).lower()],
+        instance_from_str=lambda words: words not in (["false"], ["False"]))
 
 
 @REGISTRY.primitive_rule

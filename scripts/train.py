@@ -87,18 +87,18 @@ def main(config: TrainConfig) -> int:
     check_config(config)
     with (init_distributed(config.device, config.rank_timeout) as dist,
           run_lock(config.log_dir) if dist.is_master else contextlib.nullcontext(),
-          contextlib.closing(RunLog(config.log_dir, dist)) as log):
+          contextlib.closing(RunLog(config, dist)) as log):
+        tune_device(dist.device)
         try:
             return train(config, dist, log, StopHandler(verbose=dist.is_master))
         except RuntimeError as error:
             if is_out_of_memory(error):
-                raise UserError(out_of_memory_advice(config, dist)) from None
+                raise UserError(out_of_memory_advice(log.config, dist)) from None
             raise
 
 
 def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler) -> int:
     """The run, from top to bottom; return the exit status."""
-    tune_device(dist.device)
     checkpoints = CheckpointManager(config.log_dir, dist, log)
     config, model, tokenizer, train_loader, val_loader = resolve(config, dist, checkpoints.model_state, log.print)
     encoding = get_tokenizer(tokenizer) if tokenizer else None
@@ -134,28 +134,30 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
             dist.wait()  # torchrun ends the other ranks when one exits
             return 128 + (stop.signum or signal.SIGTERM)
 
-        # Evaluate and sample, each once per step: the log remembers across restarts.
-        if val_loader and is_due(config.eval_every, step, finished) and not log.has("val", step):
-            batches = map(val_loader.load_batch, log.progress_bar(val_loader.eval_batches(config.eval_tokens)))
-            val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, dist, encoding)
-            checkpoints.assert_finite(step, f"validation loss {val_loss}", val_loss)
-            if val_loss < log.best_loss:
-                checkpoints.save_best(step, val_loss)
-            log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
-            if log.out_of_patience:
-                continue  # known only now: save this step, and finish
-        if encoding and is_due(config.sample_every, step, finished) and not log.has("samples", step):
-            with autocast:
-                texts = generate_text(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
-                                      top_k=200, seed=config.seed)
-            log.samples(step=step, texts=texts)
-        if encoding and is_due(config.hellaswag_every, step, finished) and not log.has("hellaswag", step):
-            accuracy = hellaswag.evaluate(model, encoding, examples, dist, dtype, show_bar=log.bar is not None,
-                                          stopped=lambda: stop.signum > 0)
-            if accuracy is None:  # interrupted
-                stopping = True
-                continue
-            log.hellaswag(step=step, **accuracy)
+        # Evaluate and sample, each once per step, also across restarts.
+        with checkpoints.rescue(step):
+            if val_loader and is_due(config.eval_every, step, finished) and not log.has("val", step):
+                batches = map(val_loader.load_batch, log.progress_bar(val_loader.eval_batches(config.eval_tokens)))
+                val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, dist, encoding)
+                checkpoints.assert_finite(step, f"validation loss {val_loss}", val_loss)
+                if val_loss < log.best_loss:
+                    checkpoints.save_best(step, val_loss)
+                log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
+                if log.out_of_patience:
+                    continue  # known only now: save this step, and finish
+            if encoding and is_due(config.sample_every, step, finished) and not log.has("samples", step):
+                with autocast:
+                    texts = generate_text(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
+                                          top_k=200, seed=config.seed)
+                log.samples(step=step, texts=texts)
+            if encoding and is_due(config.hellaswag_every, step, finished) and not log.has("hellaswag", step):
+                result = hellaswag.evaluate(model, encoding, examples, dist, dtype,
+                                            batch_tokens=config.micro_batch_size * int(config.seq_len),
+                                            show_bar=log.bar is not None, stopped=lambda: stop.signum > 0)
+                if result is None:  # a signal on any rank
+                    stopping = True
+                    continue
+                log.hellaswag(step=step, **result)
         if finished:
             log.print_end(step)
             dist.wait()
@@ -186,7 +188,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
         scaler.update()
         optimizer.zero_grad()
 
-        # The step's one wait for the device.
+        # Synchronize with the device, once per step.
         stats = torch.stack([train_loss, grad_norm, torch.tensor(float(stop.signum > 0), device=dist.device)])
         losses, grad_norms, stop_votes = zip(*dist.gather(stats), strict=True)
         stop.has_unsaved_steps = True  # from now on a signal waits for the end of a step
@@ -203,7 +205,7 @@ def seed_dropout(*numbers: int) -> None:
 
 
 def is_due(every: int, step: int, finished: bool = False) -> bool:
-    """Return whether what happens every `every` steps, and at the end, happens after `step` updates; 0: never."""
+    """Return whether an action with the interval `every` (steps; 0: never) is due after `step` steps, or at the end."""
     return every > 0 and step > 0 and (step % every == 0 or finished)
 
 

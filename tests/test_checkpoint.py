@@ -14,6 +14,7 @@ from gpt.files import atomic_write, load_pt
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizer
+from scripts.train import TrainConfig
 
 CONFIG = GPTConfig(block_size=8, vocab_size=30, n_layer=1, n_head=1, n_embd=8)
 
@@ -34,8 +35,9 @@ def save(folder, step, optimizer="adamw", config=CONFIG):
 def make_manager(folder, model, optimizer):
     """What saves a run's checkpoints, in a folder that is taken for new."""
     dist = Distributed(0, 1, torch.device("cpu"))
-    (folder / "elsewhere").mkdir(exist_ok=True)
-    manager = CheckpointManager(folder / "elsewhere", dist, RunLog(folder / "elsewhere", dist))
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    manager = CheckpointManager(elsewhere, dist, RunLog(TrainConfig(log_dir=str(elsewhere)), dist))
     manager.log_dir = folder
     manager.resume(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), {
         "tokenizer": "gpt2", "train_config": {"max_lr": 1e-3, "betas": [0.9, 0.95], "max_steps": 9}, "data": {}})
@@ -120,6 +122,7 @@ def test_other_data_is_refused_by_the_name_of_its_shard(tmp_path):
     for name, old in (("train_00001.npy", "8 tokens, hash c"), ("train_00002.npy", "1 tokens, hash d")):
         with pytest.raises(UserError, match=rf"{name}: was {old}.*--init_from .*model_00005.pt --log_dir"):
             manager.assert_same_data(manager.metadata["data"] | {name: old})
+    manager.assert_same_data(manager.metadata["data"] | {"val_00000.npy": "3 tokens, hash e"})  # no validation now
 
 
 def test_no_damaged_file_is_believed(tmp_path):

@@ -64,7 +64,7 @@ def parse(line, config_class=Settings):
     ("--max_lr -1e-3", "max_lr", -1e-3), ("--betas 0.8 1", "betas", (0.8, 1.0)), ("--seq_len auto", "seq_len", "auto"),
     ("--seq_len 64", "seq_len", 64), ("--optimizer muon", "optimizer", "muon"), ("--data x", "data", "x"),
     ("--data x --data None", "data", None), ("--tensorboard true", "tensorboard", True),
-    ("--tensorboard", "tensorboard", True), ("--tensorboard false", "tensorboard", False),
+    ("--tensorboard True", "tensorboard", True), ("--tensorboard", "tensorboard", True), ("--tensorboard false", "tensorboard", False),
     ("--compile true", "compile", True), ("--compile false", "compile", False), ("--compile auto", "compile", "auto"),
     ("--prompts a b", "prompts", ["a", "b"]), ("--prompts a b --prompts c", "prompts", ["c"]),
     ("--prompts", "prompts", []), ("--prompts=-a", "prompts", ["-a"]), ("--max_steps 3 a b", "runs", ["a", "b"]),
@@ -133,7 +133,7 @@ def test_config_needs_a_file():
     ("--max_step 3", ["--max_step", "--max_steps"]), ("--max_steps many", ["--max_steps", "many"]),
     ("--max_steps", ["--max_steps"]), ("--betas 0.9", ["--betas", "2 values"]), ("--conf x", ["--conf"]),
     ("--compile maybe", ["--compile", "maybe", "auto"]), ("--optimizer sgd", ["--optimizer", "sgd", "adamw", "muon"]),
-    ("--seq_len long", ["--seq_len", "long"]), ("--tensorboard True", ["--tensorboard", "True"])])
+    ("--seq_len long", ["--seq_len", "long"]), ("--tensorboard yes", ["--tensorboard", "yes"])])
 def test_wrong_flags_are_tyros_messages(line, words, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(line)

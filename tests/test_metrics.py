@@ -21,6 +21,7 @@ from gpt.model import GPT
 class Config:
     """The settings that a log reads."""
 
+    log_dir: str = ""
     total_batch_size: int = 64
     micro_batch_size: int = 4
     seq_len: int = 16
@@ -37,8 +38,9 @@ class Config:
 def start(folder: Path, step: int = 0, **settings) -> RunLog:
     np.save(folder / "train_00000.npy", np.zeros(100, dtype=np.uint16))
     loader = DataLoaderLite(folder, "train", micro_batch_size=4, seq_len=16, vocab_size=30, total_batch_size=64)
-    log = RunLog(folder, Distributed(0, 1, torch.device("cpu")))
-    log.start(step, replace(Config(), **settings), {}, GPT(GPTConfig(16, 30, 1, 1, 8)), loader)
+    config = replace(Config(), log_dir=str(folder), **settings)
+    log = RunLog(config, Distributed(0, 1, torch.device("cpu")))
+    log.start(step, config, {}, GPT(GPTConfig(16, 30, 1, 1, 8)), loader)
     return log
 
 

@@ -137,13 +137,13 @@ def test_attention_drops_out_under_cpu_autocast():
 def test_compiled_loss_has_no_graph_break(precision, tmp_path):
     """fullgraph=True raises at a graph break; alone and inside DDP, as scripts/train.py wraps it, at two lengths."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=96, vocab_size=211, n_layer=2, n_head=2, n_embd=16))
+    model = GPT(GPTConfig(block_size=96, vocab_size=5000, n_layer=3, n_head=4, n_embd=192))  # more than a bucket of DDP
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        for wrapped in (compiled, DistributedDataParallel(compiled)):
+        for wrapped in (compiled, DistributedDataParallel(compiled, bucket_cap_mb=1)):
             for T in (32, 96):
-                idx = torch.randint(211, (2, T))
+                idx = torch.randint(5000, (2, T))
                 with torch.autocast("cpu", precision, enabled=precision != torch.float32):
                     loss = wrapped(idx, idx)
                     expected = F.cross_entropy(model(idx).flatten(0, 1).float(), idx.flatten())

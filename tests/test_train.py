@@ -246,12 +246,12 @@ def test_resuming_on_other_data_is_refused(byte_data, tmp_path):
 
 
 def test_a_failed_evaluation_loses_nothing(byte_data, tmp_path, monkeypatch):
-    """The step was saved before it: the run resumes from that very step, and does the evaluation then."""
+    """The run resumes from that very step, although no checkpoint was due, and evaluates it then."""
     monkeypatch.setenv("FAULT", "evaluation")
     words = ["--data_root", byte_data, "--log_dir", tmp_path / "log", *TINY_BYTES, "--sample_every", "0",
-             "--max_steps", "6", "--eval_every", "3", "--save_every", "3"]
+             "--max_steps", "6", "--eval_every", "3", "--save_every", "100"]
     failed = run("tests/fault_injection.py", *words)
-    assert failed.returncode == 1 and "evaluation failed" in failed.stderr
+    assert failed.returncode == 1 and "evaluation failed" in failed.stderr and "model_00003.pt" in failed.stdout
     assert list(metrics(tmp_path / "log", "train")) == [0, 1, 2]
     done = run("-m", "scripts.train", *words)
     assert done.returncode == 0 and "model_00003.pt at step 3 of 6" in done.stdout
