@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ class Distributed:
     device: torch.device
     rank_timeout: float = 600  # seconds
     launcher: int = 0  # process id of torchrun
-    control_group: torch.distributed.ProcessGroup | None = None  # gloo, for everything but gradients
+    control_group: Any = None  # gloo, for everything but gradients
+    barrier_group: Any = None  # gloo, for `wait` alone: a collective that times out breaks its group
 
     @property
     def is_master(self) -> bool:
@@ -41,7 +41,7 @@ class Distributed:
         if self.world_size > 1:
             if os.getppid() != self.launcher:
                 raise UserError("torchrun has exited: the same command resumes from the last checkpoint")
-            torch.distributed.monitored_barrier(self.control_group, datetime.timedelta(seconds=self.rank_timeout),
+            torch.distributed.monitored_barrier(self.barrier_group, datetime.timedelta(seconds=self.rank_timeout),
                                                 wait_all_ranks=True)
 
     def gather(self, values: torch.Tensor) -> list[list[float]]:
@@ -91,12 +91,10 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
         yield Distributed(rank, world_size, select_device(device))
         return
     rank_device, launcher = select_rank_device(device, local_rank, world_size), os.getppid()
-    # Rank 0 names ranks that hang after rank_timeout; what PyTorch itself says of them comes later and says less.
     rank_timeout = min(rank_timeout, 1e8)
-    timeout = datetime.timedelta(seconds=rank_timeout + 10)
     store = None
     try:
-        store = next(torch.distributed.rendezvous("env://", timeout=timeout))[0]
+        store = next(torch.distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=rank_timeout)))[0]
         # torchrun keeps one store for all restarts, with the addresses of dead processes in it.
         store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         store.set(f"rank {rank}", "")
@@ -108,14 +106,20 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
         missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
         raise UserError(f"rank {', '.join(missing)} of {world_size} has not started within {rank_timeout:g} s "
                         f"(--rank_timeout)") from None
+    is_cuda = rank_device.type == "cuda"
+    dist = Distributed(rank, world_size, rank_device, rank_timeout, launcher)
     try:
-        is_cuda = rank_device.type == "cuda"
-        torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, store=store, rank=rank,
-                                             world_size=world_size, device_id=rank_device if is_cuda else None)
-        control_group: Any = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        yield Distributed(rank, world_size, rank_device, rank_timeout, launcher, control_group)
+        # NCCL kills the process when a collective times out: by then rank 0 must have named the rank that hangs.
+        torch.distributed.init_process_group(
+            "nccl" if is_cuda else "gloo", store=store, rank=rank, world_size=world_size,
+            timeout=datetime.timedelta(seconds=rank_timeout + (60 if is_cuda else 0)),
+            device_id=rank_device if is_cuda else None)
+        dist.control_group, dist.barrier_group = (
+            torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=rank_timeout + extra))
+            for extra in (0, 10))
+        yield dist
     except Exception as error:
-        if (to_raise := first_failure(error, store, world_size, rank_timeout)) is error:
+        if (to_raise := first_failure(error, dist, store)) is error:
             raise
         raise to_raise from None
     torch.distributed.destroy_process_group()
@@ -137,31 +141,30 @@ def select_rank_device(device: str, local_rank: int, world_size: int) -> torch.d
     return selected
 
 
-def first_failure(error: Exception, store: torch.distributed.Store, world_size: int,
-                  rank_timeout: float) -> BaseException:
+def first_failure(error: Exception, dist: Distributed, store: torch.distributed.Store) -> BaseException:
     """Return what this rank raises for `error`: itself or, in plain words, which rank does not answer, if this rank is
-    the first to fail; SystemExit, which prints nothing, if it is not.
-
-    If a collective only reports a lost connection, torchrun names the process that died first: wait for that.
-    """
+    the first to fail; SystemExit, which prints nothing, if it is not."""
+    lost_contact = isinstance(error, torch.distributed.DistError) or isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier"))
+    if lost_contact and dist.barrier_group and "monitoredBarrier" not in str(error):
+        try:  # a collective does not say which rank is missing
+            torch.distributed.monitored_barrier(dist.barrier_group, datetime.timedelta(seconds=10), wait_all_ranks=True)
+        except RuntimeError as barrier_error:
+            error = barrier_error
     silent = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error)) or re.search(
         r"while waiting for send/recv from rank (0)", str(error))
-    lost_contact = isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier")) or isinstance(
-        error, torch.distributed.DistError)
-    if lost_contact and not silent:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends this process, unless something else started it
-        time.sleep(10)
+    if dist.rank > 0:
+        time.sleep(0.5)  # an error of all ranks is for rank 0 to print
     try:
         is_first = store.add("failures", 1) == 1
     except torch.distributed.DistError:  # the store has gone with torchrun
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    time.sleep(1 if is_first else 2)  # without torchrun the store ends with rank 0; and the first one prints first
     if not is_first:
-        time.sleep(1)  # until the first one has printed its error
         return SystemExit(1)
     if silent:
-        return UserError(f"rank {silent[1].strip(', ')} of {world_size} does not answer: it died, or hung for "
-                         f"{rank_timeout:g} s (--rank_timeout); the same command resumes from the last checkpoint")
+        return UserError(f"rank {silent[1].strip(', ')} of {dist.world_size} does not answer: it died, or hung for "
+                         f"{dist.rank_timeout:g} s (--rank_timeout); the same command resumes from the last checkpoint")
     if lost_contact:
         return UserError(f"lost contact with another rank ({' '.join(str(error).split())[:200]}); the same command "
                          f"resumes from the last checkpoint")

@@ -166,9 +166,8 @@ def test_one_rank_alone_finds_a_mistake(byte_data, tmp_path):
     process = start(*torchrun(2, *words_for(tmp_path / "data", tmp_path / "log", "--max_steps", "20")))
     assert re.search(rf"^error \(rank 1\): shard {path} has token id 9999", ends_with(process, 60))
     other = run_ranks(2, *words_for(byte_data, tmp_path / "other"), own={1: ["--max_lr", "1"]})
-    printed = "".join(done.stderr for done in other)  # by the first of the two
-    assert printed.count("\n") == 1
-    assert ": rank 1 has max_lr 1.0, rank 0 has 0.01: start all ranks with the same flags" in printed
+    message = "error: rank 1 has max_lr 1.0, rank 0 has 0.01: start all ranks with the same flags"
+    assert other[0].stderr.startswith(message) and other[0].stderr.count("\n") == 1 and not other[1].stderr
     assert not list(tmp_path.glob("other/*"))
 
 
