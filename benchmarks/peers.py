@@ -32,7 +32,7 @@ def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, 
     shape = nano.GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                            dropout=0.0, bias=True)
     model: Any = nano.GPT(shape).to(device)
-    optimizer = model.configure_optimizer(0.1, 1e-3, (0.9, 0.95), device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
     model = torch.compile(model) if device == "cuda" else model
     tokens = torch.randint(vocab_size, (B, T + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
