@@ -1,6 +1,6 @@
 """Generation against transformers, greedy, with a KV cache, in float32: python -m benchmarks.generate
 
-Both have random weights of GPT-2 124M and alternate, each in a process of its own. Other flags go to scripts.bench.
+Both have random weights of GPT-2 124M and alternate, each in a separate process. Other flags go to scripts.bench.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Training speed of scripts.train against nanoGPT's model and optimizer: python -m benchmarks.peers --nanogpt PATH
 
-PATH is a checkout of github.com/karpathy/nanoGPT. The two alternate, each in a process of its own. Other flags go to
+PATH is a checkout of github.com/karpathy/nanoGPT. The two alternate, each in a separate process. Other flags go to
 scripts.bench, such as --precision float32.
 """
 

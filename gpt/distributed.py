@@ -126,7 +126,7 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
 
 
 def select_rank_device(device: str, local_rank: int, world_size: int) -> torch.device:
-    """Return the device of one of several ranks on this machine. Raises UserError if it cannot have one of its own."""
+    """Return the device of one of several ranks on this machine. Raises UserError if there is none for it."""
     selected = select_device(device)
     if device == "auto" and selected.type == "mps":
         return torch.device("cpu")
@@ -142,8 +142,10 @@ def select_rank_device(device: str, local_rank: int, world_size: int) -> torch.d
 
 
 def first_failure(error: Exception, dist: Distributed, store: torch.distributed.Store) -> BaseException:
-    """Return what this rank raises for `error`: itself or, in plain words, which rank does not answer, if this rank is
-    the first to fail; SystemExit, which prints nothing, if it is not."""
+    """Return what this rank raises for `error`: itself, or a UserError that names the ranks that do not answer.
+
+    If another rank failed first, return SystemExit, which prints nothing.
+    """
     lost_contact = isinstance(error, torch.distributed.DistError) or isinstance(error, RuntimeError) and any(
         word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier"))
     if lost_contact and dist.barrier_group and "monitoredBarrier" not in str(error):
