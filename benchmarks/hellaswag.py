@@ -13,7 +13,7 @@ from gpt import hellaswag
 from gpt.config import GPTConfig
 from gpt.device import DTYPES, select_precision
 from gpt.model import GPT
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import Tokenizer
 from tests import plain_hellaswag
 
 
@@ -24,19 +24,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.manual_seed(0)
-    model, encoding = GPT(GPTConfig()).eval(), get_tokenizer()
+    model, tokenizer = GPT(GPTConfig()).eval(), Tokenizer()
     examples = (hellaswag.load_examples(args.data, args.examples) if args.data
                 else plain_hellaswag.make_examples(args.examples))
     choices: dict[str, torch.Tensor] = {}  # (examples, 2): the ending with the smallest sum and mean
 
     def reference() -> float:
         t0 = time.perf_counter()
-        choices["reference"] = torch.tensor([plain_hellaswag.predict(model, encoding, each)[:2] for each in examples])
+        choices["reference"] = torch.tensor([plain_hellaswag.predict(model, tokenizer, each)[:2] for each in examples])
         return len(examples) / (time.perf_counter() - t0)
 
     def ours(dtype: str) -> float:
         t0 = time.perf_counter()
-        choices[dtype] = hellaswag.predict(model, encoding, examples, hellaswag.BATCH_TOKENS["cpu"], DTYPES[dtype])
+        choices[dtype] = hellaswag.predict(model, tokenizer, examples, hellaswag.BATCH_TOKENS["cpu"], DTYPES[dtype])
         return len(examples) / (time.perf_counter() - t0)
 
     ways = {"four full rows, float32": reference, "ours, float32": lambda: ours("float32")}

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.compare import compare, python
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer()
 
 
 def encode(text: str) -> np.ndarray:
     """Return a document's tokens after `<|endoftext|>`, uint16."""
-    encoding = get_tokenizer()
-    return np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16)
+    return np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(text)], dtype=np.uint16)
 
 
 def pool(path: Path, workers: int) -> np.ndarray:

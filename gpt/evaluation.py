@@ -5,28 +5,27 @@ import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import tiktoken
 import torch
 
 from gpt.distributed import Distributed
 from gpt.errors import UserError
 from gpt.loss import token_losses
 from gpt.model import GPT
-from gpt.tokenizer import token_lengths
+from gpt.tokenizer import Tokenizer
 
 
 @torch.no_grad()
 def evaluate_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
                   autocast: contextlib.AbstractContextManager, dist: Distributed,
-                  encoding: tiktoken.Encoding | None) -> tuple[float, float | None]:
+                  tokenizer: Tokenizer | None) -> tuple[float, float | None]:
     """Return the mean loss in nats per token, and in bits per byte, over the (x, y) `batches` of all ranks.
 
-    Every token has the same weight. Bits per byte compare models with different tokenizers; None without `encoding`.
+    Every token has the same weight. Bits per byte compare models with different tokenizers; None without a tokenizer.
     Call it with the uncompiled model: switching a compiled one to evaluation mode would compile it again.
     """
     was_training = model.training
     model.eval()
-    lengths = torch.from_numpy(token_lengths(encoding, model.config.vocab_size) if encoding else
+    lengths = torch.from_numpy(tokenizer.token_lengths(model.config.vocab_size) if tokenizer else
                                np.zeros(model.config.vocab_size, dtype=np.int64)).to(dist.device)  # (vocab_size,)
     rows = []
     for x, y in batches:

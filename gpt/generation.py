@@ -5,12 +5,12 @@ import platform
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import tiktoken
 import torch
 import torch.nn as nn
 
 from gpt.errors import UserError
 from gpt.model import GPT
+from gpt.tokenizer import Tokenizer
 
 # Private ops, because the public torch.utils.mkldnn reads packed weights no faster than F.linear reads plain ones.
 CAN_PACK = (torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
@@ -44,15 +44,15 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None,
     return lambda x: linear(x.to(packed.dtype), packed, bias, "none", [], "").to(out_dtype)
 
 
-def generate_text(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max_new_tokens: int, *,
+def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
                   temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> list[str]:
     """Return each prompt with its continuation, see `stream_text`."""
-    pieces = stream_text(model, encoding, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+    pieces = stream_text(model, tokenizer, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                          seed=seed)
     return ["".join(text) for text in zip(*pieces, strict=True)]
 
 
-def stream_text(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max_new_tokens: int, *,
+def stream_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Iterator[list[str]]:
     """Yield the prompts, then after each token the new text of each sample.
 
@@ -60,17 +60,17 @@ def stream_text(model: GPT, encoding: tiktoken.Encoding, prompts: list[str], max
     while a character is incomplete. temperature, top_k, top_p: see `sample`.
     Raises UserError for a prompt with token ids beyond the model's vocabulary.
     """
-    rows = [encoding.encode(prompt, allowed_special="all") for prompt in prompts]
+    rows = [tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if max(row) >= model.config.vocab_size:
             raise UserError(f"prompt {prompt!r} has token {max(row)}: the model knows {model.config.vocab_size} tokens")
     yield prompts
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
-    non_text_tokens = {encoding.eot_token, *range(encoding.n_vocab, model.config.vocab_size)}  # padded vocabularies
+    non_text_tokens = {tokenizer.end_of_text, *range(tokenizer.n_vocab, model.config.vocab_size)}  # padded vocabularies
     for tokens in generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-                           stop_token=encoding.eot_token):
+                           stop_token=tokenizer.end_of_text):
         yield [decoder.decode(b"" if token is None or token in non_text_tokens else
-                              encoding.decode_single_token_bytes(token))
+                              tokenizer.encoding.decode_single_token_bytes(token))
                for decoder, token in zip(decoders, tokens, strict=True)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]  # an incomplete last character
 

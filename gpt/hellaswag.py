@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
 import torch
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from gpt.distributed import Distributed
 from gpt.errors import UserError
 from gpt.loss import token_losses
 from gpt.model import GPT
+from gpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # positions in a batch, padding included
 
@@ -100,12 +100,12 @@ def load_examples(data: str | None = None, limit: int = 0) -> list[Example]:
     return examples
 
 
-def make_rows(index: int, example: Example, encoding: tiktoken.Encoding, config: GPTConfig) -> list[Row]:
+def make_rows(index: int, example: Example, tokenizer: Tokenizer, config: GPTConfig) -> list[Row]:
     """An example as one row, or as one for each ending if some would not fit into the model's context: then the
     beginning of the text is left out, as far as that ending needs it. Raises UserError for tokens it does not know."""
     block_size = config.block_size
-    context = encoding.encode_ordinary(example.context)
-    endings = [encoding.encode_ordinary(" " + ending) for ending in example.endings]
+    context = tokenizer.encode(example.context)
+    endings = [tokenizer.encode(" " + ending) for ending in example.endings]
     if (largest := max(map(max, [context, *endings]))) >= config.vocab_size:
         raise UserError(f"HellaSwag's text has token {largest}: the model knows {config.vocab_size} tokens")
     if all(len(context) + len(ending) - 1 <= block_size for ending in endings):
@@ -165,13 +165,13 @@ def score(model: GPT, groups: list[list[Row]], batch_tokens: int) -> Iterator[tu
             yield index, torch.stack([torch.stack([nll.sum(), nll.mean()]) for nll in tokens], dim=1)
 
 
-def predict(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], batch_tokens: int, dtype: torch.dtype,
+def predict(model: GPT, tokenizer: Tokenizer, examples: list[Example], batch_tokens: int, dtype: torch.dtype,
             report: Callable[[int, torch.Tensor], None] = lambda *_: None) -> torch.Tensor:
     """Return each example's ending with the smallest sum and its ending with the smallest mean: (examples, 2), int64.
 
     dtype: of autocast. `report` is called with an example's index and its scores.
     """
-    groups = [make_rows(i, example, encoding, model.config) for i, example in enumerate(examples)]
+    groups = [make_rows(i, example, tokenizer, model.config) for i, example in enumerate(examples)]
     choices = torch.empty(len(examples), 2, dtype=torch.int64)
     with torch.autocast(model.wte.weight.device.type, dtype, enabled=dtype != torch.float32):
         for index, scores in score(model, groups, batch_tokens):
@@ -180,7 +180,7 @@ def predict(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], ba
     return choices
 
 
-def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], dist: Distributed, dtype: torch.dtype,
+def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[Example], dist: Distributed, dtype: torch.dtype,
              batch_tokens: int = 0, show_bar: bool = False, stopped: Callable[[], bool] = lambda: False) -> dict | None:
     """`acc` and `acc_norm` over the `examples`, which ranks share, with standard errors sqrt(p (1 - p) / (n - 1)).
 
@@ -203,7 +203,7 @@ def evaluate(model: GPT, encoding: tiktoken.Encoding, examples: list[Example], d
                 raise Interrupted
 
         if mine:
-            predict(model, encoding, mine, batch_tokens or BATCH_TOKENS.get(dist.device.type, 8192), dtype, report)
+            predict(model, tokenizer, mine, batch_tokens or BATCH_TOKENS.get(dist.device.type, 8192), dtype, report)
     model.train(was_training)
     right = (choices == labels[:, None]).sum(0).tolist()
     counts = dist.gather(torch.tensor([*right, len(mine), stopped()], dtype=torch.float32))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from gpt.config import GPTConfig
 from gpt.errors import UserError
 from gpt.files import load_pt, read_json
-from gpt.tokenizer import get_tokenizer, merges, read_table, vocabulary
+from gpt.tokenizer import Tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -172,13 +172,13 @@ def find_tokenizer(folder: Path, config: GPTConfig) -> str | None:
     """The tokenizer of a model's folder, as `gpt.tokenizer` names it: "gpt2", or one of ours; None for another."""
     path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()), None)
     if path is None:
-        return "gpt2" if config.vocab_size == get_tokenizer().n_vocab else None
+        return "gpt2" if config.vocab_size == Tokenizer().n_vocab else None
     theirs: Any = read_json(path, "a tokenizer's vocabulary")
     if path.name == "tokenizer.json":
         theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
-    own = [read_table(folder)] if (folder / "tokenizer.tiktoken").is_file() else []  # beside what other tools read
-    return next((known for known in ("gpt2", *own) if isinstance(theirs, dict)
-                 and vocabulary(get_tokenizer(known)).items() <= theirs.items()), None)
+    own = [Tokenizer.load(folder)] if (folder / "tokenizer.tiktoken").is_file() else []  # beside what other tools read
+    return next((known.merge_table for known in (Tokenizer(), *own) if isinstance(theirs, dict)
+                 and known.vocab().items() <= theirs.items()), None)
 
 
 def save(checkpoint: dict, folder: Path) -> None:
@@ -187,8 +187,8 @@ def save(checkpoint: dict, folder: Path) -> None:
     Raises OSError, of a full disk for one.
     """
     config, weights = checkpoint["config"], checkpoint["model"]
-    encoding = get_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token if encoding else None)
+    tokenizer = Tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
     settings = {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32",
         "n_positions": config["block_size"], "n_ctx": config["block_size"],  # the older name, which llama.cpp reads
@@ -203,14 +203,12 @@ def save(checkpoint: dict, folder: Path) -> None:
         name, tensor = weights.popitem()
         theirs[f"transformer.{name}"] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
     try:
-        if encoding:
+        if tokenizer:
             from transformers import GPT2Tokenizer  # seconds
 
-            tokenizer = GPT2Tokenizer(vocabulary(encoding), merges(encoding),  # type: ignore[arg-type]  # its hints lag
-                                      model_max_length=config["block_size"])
-            tokenizer.save_pretrained(folder)
-            if encoding.name != "gpt2":
-                (folder / "tokenizer.tiktoken").write_text(checkpoint["tokenizer"])
+            GPT2Tokenizer(tokenizer.vocab(), tokenizer.merges(),  # type: ignore[arg-type]  # its hints lag
+                          model_max_length=config["block_size"]).save_pretrained(folder)
+            tokenizer.save(folder)
         save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     except Exception as error:  # two Rust libraries, which put an OSError into words
         if not (number := re.search(r"os error (\d+)", str(error))):

@@ -15,8 +15,8 @@ from gpt.device import select_compile, select_precision
 from gpt.distributed import Distributed
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.shards import auto_seq_len, read_meta
-from gpt.tokenizer import get_tokenizer, tokenizer_name
+from gpt.shards import auto_seq_len, read_meta, read_tokenizer
+from gpt.tokenizer import Tokenizer
 
 
 def check_config(config: Any) -> None:
@@ -49,9 +49,9 @@ def check_config(config: Any) -> None:
 
 
 def resolve(config: Any, dist: Distributed, checkpoint: dict | None, report: Callable[[str], None]
-            ) -> tuple[Any, GPT, str | None, DataLoaderLite, DataLoaderLite | None]:
-    """Return the settings with everything decided, the model on this rank's device, the data's tokenizer (as
-    checkpoints hold it; None if unknown), and the loaders of the train and the val split (None without validation).
+            ) -> tuple[Any, GPT, Tokenizer | None, DataLoaderLite, DataLoaderLite | None]:
+    """Return the settings with everything decided, the model on this rank's device, the data's tokenizer (None
+    if unknown), and the loaders of the train and the val split (None without validation).
 
     config: a `scripts.train.TrainConfig`. checkpoint: the newest of log_dir, which the model then comes from.
     Raises UserError for data, a checkpoint and settings that do not go together.
@@ -64,10 +64,10 @@ def resolve(config: Any, dist: Distributed, checkpoint: dict | None, report: Cal
         fits = auto_seq_len(config.data_root, ("train", "val") if config.eval_every else ("train",))
         config = replace(config, seq_len=min(fits, config.model.block_size or fits))
     vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
-    tokenizer = meta.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
-    if tokenizer and vocab_size > get_tokenizer(tokenizer).n_vocab:
-        raise UserError(f"model.vocab_size {vocab_size} is more than the {get_tokenizer(tokenizer).n_vocab} tokens of "
-                        f"{tokenizer_name(tokenizer)}: leave it out, the vocabulary is never padded")
+    tokenizer = read_tokenizer(config.data_root, {"tokenizer": "gpt2" if vocab_size == 50257 else None, **meta})
+    if tokenizer and vocab_size > tokenizer.n_vocab:
+        raise UserError(f"--model.vocab_size {vocab_size} exceeds the {tokenizer.n_vocab} tokens of {tokenizer.name}: "
+                        f"leave it out, the vocabulary is never padded")
     if config.hellaswag_every and not tokenizer:
         raise UserError(f"hellaswag_every is {config.hellaswag_every}, but no tokenizer is known for these "
                         f"{vocab_size} token ids: leave it 0")
@@ -106,7 +106,7 @@ def out_of_memory_advice(config: Any, dist: Distributed) -> str:
     return f"{message}: pass --micro_batch_size {smaller} (the same run with the same losses, in smaller pieces)"
 
 
-def init_model(config: Any, vocab_size: int, tokenizer: str | None, checkpoint: dict | None) -> GPT:
+def init_model(config: Any, vocab_size: int, tokenizer: Tokenizer | None, checkpoint: dict | None) -> GPT:
     """Return the model to start with, on the CPU: the checkpoint's, else what `init_from` says.
 
     Raises UserError if a checkpoint does not fit the settings.
@@ -138,8 +138,8 @@ def init_model(config: Any, vocab_size: int, tokenizer: str | None, checkpoint: 
             raise UserError(f"--model.block_size {config.model.block_size} exceeds the {max_positions} positions of "
                             f"{config.init_from}: pass {max_positions} or less (position embeddings can be truncated, "
                             f"not extended)")
-        if init_ckpt.get("tokenizer") != tokenizer:
-            names = [name and tokenizer_name(name) for name in (init_ckpt.get("tokenizer"), tokenizer)]
+        if (merge_table := init_ckpt.get("tokenizer")) != (tokenizer and tokenizer.merge_table):
+            names = merge_table and Tokenizer(merge_table).name, tokenizer and tokenizer.name
             raise UserError(f"{config.init_from} has the tokenizer {names[0]}, the data in {config.data_root!r} has "
                             f"{names[1]}: prepare the data with the tokenizer of the model")
         model = GPT.from_checkpoint(init_ckpt, dropout=requested.dropout,

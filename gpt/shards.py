@@ -1,190 +1,211 @@
-"""Token shards on disk: `<data_root>/{train,val}_NNNNN.npy`, 1-D integer arrays, and `meta.json` beside them."""
+"""Token shards on disk: `<data_root>/{train,val}_NNNNN.npy`, 1-D integer arrays, with `meta.json` beside them."""
 
 import contextlib
 import hashlib
 import json
-import os
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
 from gpt.errors import UserError
-from gpt.files import atomic_write, read_json
-from gpt.tokenizer import read_table, tokenizer_name
+from gpt.files import atomic_write, read_json, run_lock
+from gpt.tokenizer import Tokenizer
+
+COUNT_SIZE = 2**20  # tokens counted per pass, few enough for the CPU's cache
 
 
 def token_dtype(vocab_size: int) -> type:
-    """The smallest unsigned integer type that holds every token id below `vocab_size`."""
+    """Return the smallest unsigned integer type that holds every token id below `vocab_size`."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shard(data_root: str | Path, split: str, index: int, tokens: np.ndarray) -> Path:
-    """Write `tokens` (1-D) as `<data_root>/<split>_<index>.npy`; the file appears only when it is complete."""
+def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarray) -> Path:
+    """Write token arrays (1-D), one after the other, as `<data_root>/<split>_<index>.npy`, atomically.
+
+    Raises OSError, for example if the disk is full.
+    """
     path = Path(data_root) / f"{split}_{index:05d}.npy"
-    with atomic_write(path) as file:
-        np.save(file, tokens)
+    with atomic_write(path) as file:  # not np.save: on a full disk it loses the reason
+        np.lib.format.write_array_header_1_0(file, {
+            "descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False,
+            "shape": (sum(map(len, parts)),)})
+        for tokens in parts:
+            file.write(np.ascontiguousarray(tokens, parts[0].dtype).data)
     return path
 
 
 class ShardWriter:
-    """Writes the tokens of a split into shards of `shard_size`, each under its name only when it is complete.
+    """Collect the tokens of a split and save them as shards of at most `shard_size` tokens.
 
-    What the unfinished one has so far is on disk as `.<name>.part`. Shards are numbered first, first + every, …, so
-    that several writers share a folder. `shards` and `unfinished` (tokens) say where the writer stands; a new one that
-    is given the same numbers goes on there, provided `sync` was called then.
+    A shard ends where a document ends, unless that document is longer than a shard. The shards are the only record: if
+    the folder has some, write the split's documents from the last one on that was begun, which is number `n_documents`;
+    its tokens that are there already are dropped.
     """
 
-    HEADER = 128  # bytes before the tokens: NumPy leaves room in it for every length
+    def __init__(self, data_root: str | Path, split: str, tokenizer: Tokenizer, shard_size: int):
+        self.data_root, self.split, self.tokenizer, self.shard_size = data_root, split, tokenizer, shard_size
+        self.parts: list[np.ndarray] = []  # tokens that are in no shard yet
+        self.n_pending = self.n_shards = self.skip = 0  # skip: tokens of the last document that are in shards
+        self.counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # how often each token occurs
+        for path in sorted(Path(data_root).glob(f"{split}_*.npy")):
+            if path.name != f"{split}_{self.n_shards:05d}.npy":
+                raise UserError(f"{split}_{self.n_shards:05d}.npy is missing in {str(data_root)!r}: delete the folder "
+                                f"and prepare the data again")
+            tokens = open_shard(path)
+            begins = np.flatnonzero(tokens == tokenizer.end_of_text)
+            self.skip = len(tokens) - int(begins[-1]) if len(begins) else self.skip + len(tokens)
+            self.counts += count_tokens(path, tokenizer.n_vocab)
+            self.n_shards += 1
 
-    def __init__(self, data_root: str | Path, split: str, dtype: type, shard_size: int, *, first: int = 0,
-                 every: int = 1, shards: int = 0, unfinished: int = 0):
-        self.root, self.split, self.dtype, self.shard_size = Path(data_root), split, np.dtype(dtype), shard_size
-        self.first, self.every, self.shards, self.unfinished = first, every, shards, unfinished
-        self.file: BinaryIO | None = None
-
-    def path(self, shard: int) -> Path:
-        """Where a shard is, counted from 0."""
-        return self.root / f"{self.split}_{self.first + shard * self.every:05d}.npy"
-
-    def paths(self) -> tuple[Path, Path]:
-        """Where the unfinished shard is, and where it will be."""
-        path = self.path(self.shards)
-        return path.with_name(f".{path.name}.part"), path
-
-    @contextlib.contextmanager
-    def naming(self) -> Iterator[None]:
-        """Have an OSError, such as that of a full disk, name the shard."""
-        try:
-            yield
-        except OSError as error:
-            error.filename = str(self.paths()[1])
-            raise
+    @property
+    def n_documents(self) -> int:
+        return int(self.counts[self.tokenizer.end_of_text])
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens (1-D). Raises OSError where they cannot be written, to a full disk for one."""
-        while len(tokens):
-            with self.naming():
-                file, room = self.open(), self.shard_size - self.unfinished
-                file.write(np.ascontiguousarray(tokens[:room], dtype=self.dtype).data)
-            self.unfinished += len(tokens[:room])
-            tokens = tokens[room:]
-            if self.unfinished == self.shard_size:
-                self.close()
+        """Append tokens (1-D), and save a shard whenever one is full. Raises OSError if that fails."""
+        n_skipped = min(self.skip, len(tokens))
+        self.skip -= n_skipped
+        self.parts.append(tokens[n_skipped:])
+        self.n_pending += len(self.parts[-1])
+        self.counts += np.bincount(self.parts[-1], minlength=len(self.counts))
+        while self.n_pending > self.shard_size:  # not >=: the next token says whether a document ends here
+            self.save()
 
-    def open(self) -> BinaryIO:
-        """The unfinished shard, at its end."""
-        if self.file:
-            return self.file
-        part, path = self.paths()
-        if self.unfinished and not part.exists() and path.exists():  # completed after the position was noted
-            os.replace(path, part)
-        size = self.HEADER + self.unfinished * self.dtype.itemsize
-        if self.unfinished and (not part.exists() or part.stat().st_size < size):
-            raise UserError(f"{part} is gone or too short: delete {str(self.root)!r} and prepare the data again")
-        self.file = part.open("r+b" if self.unfinished else "w+b")
-        self.file.truncate(size)
-        self.file.seek(size)
-        return self.file
+    def save(self) -> None:
+        """Save a shard of what is pending."""
+        parts, rest = self.parts, []
+        if self.n_pending > self.shard_size:
+            tokens = np.concatenate(parts)
+            begins = np.flatnonzero(tokens[1:self.shard_size + 1] == self.tokenizer.end_of_text)
+            n = int(begins[-1]) + 1 if len(begins) else self.shard_size
+            parts, rest = [tokens[:n]], [tokens[n:].copy()]
+        write_shard(self.data_root, self.split, self.n_shards, *parts)
+        self.n_shards += 1
+        self.parts, self.n_pending = rest, sum(map(len, rest))
 
-    def sync(self) -> None:
-        """Force what was written to disk."""
-        if self.file:
-            with self.naming():
-                self.file.flush()
-                os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Complete the unfinished shard, if there is one."""
-        if not self.unfinished:
-            return
-        file = self.open()
-        part, path = self.paths()
-        with self.naming():
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(file, {
-                "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.unfinished,)})
-            self.sync()
-            file.close()
-            os.replace(part, path)
-        self.file, self.shards, self.unfinished = None, self.shards + 1, 0
-
-    def abandon(self, delete: bool) -> None:
-        """Close the unfinished shard as it is, or delete all that was written."""
-        if self.file:
-            with contextlib.suppress(OSError):  # of a full disk, for what was not yet written
-                self.file.close()
-            self.file = None
-        if delete:
-            for path in (self.paths()[0], *map(self.path, range(self.shards))):
-                path.unlink(missing_ok=True)
+    def close(self) -> dict[str, Any]:
+        """Save what is left as the last shard; return what meta.json says of a split."""
+        if self.n_pending:
+            self.save()
+        return {"shards": self.n_shards} | split_stats(self.counts, self.tokenizer)
 
 
-def write_tokenizer(data_root: str | Path, tokenizer: str) -> None:
-    """Write the merge table of a tokenizer of one's own beside the shards; nothing for "gpt2"."""
-    if tokenizer != "gpt2":
-        with atomic_write(Path(data_root) / "tokenizer.tiktoken") as file:
-            file.write(tokenizer.encode())
+@contextlib.contextmanager
+def dataset_folder(data_root: str | Path, tokenizer: Tokenizer, settings: dict[str, Any], source: str
+                   ) -> Iterator[dict[str, Any]]:
+    """Lock the folder of a dataset and yield its meta.json, which the block completes by adding "splits".
+
+    Until then it says `"complete": false`, and which command finishes the dataset. If the dataset was completed with
+    the same `settings` before, "splits" is there. A block that raises before the first shard leaves nothing behind.
+    Raises UserError if the folder holds other data or another process is writing to it.
+    """
+    root, began = Path(data_root), False
+    created = not root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --out {str(root)!r} ({error.strerror}): choose another folder") from None
+    try:
+        with run_lock(root, "out"):
+            meta = read_meta(root, allow_incomplete=True)
+            if (meta or any(root.glob("*.npy"))) and meta.get("settings") != settings:
+                before = meta.get("settings", {})
+                changed = [f"--{name} was {before[name]}" for name in settings if before.get(name) != settings[name]
+                           and name in before and name != "inputs"]
+                raise UserError(f"--out {root} holds other data ({', '.join(changed) or 'from another input'}): choose "
+                                f"another folder or delete it")
+            if not is_complete(root, meta):
+                began = True
+                tokenizer.save(root)
+                meta = {"complete": False, "command": shlex.join(["python", *sys.orig_argv[1:]]),
+                        "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab,
+                        "dtype": np.dtype(token_dtype(tokenizer.n_vocab)).name, "source": source, "settings": settings}
+                write_meta(root, meta)
+            yield meta
+            if began:
+                write_meta(root, {**meta, "complete": True})
+    finally:
+        if began and not any(root.glob("*.npy")):
+            for name in ("meta.json", "tokenizer.tiktoken"):
+                (root / name).unlink(missing_ok=True)
+        if created and not any(root.iterdir()):
+            root.rmdir()
+
+
+def split_stats(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the tokens, documents and bytes of text of a split in which each token occurs `counts` times."""
+    n_tokens, n_bytes = int(counts.sum()), int(counts @ tokenizer.token_lengths())
+    return {"tokens": n_tokens, "documents": int(counts[tokenizer.end_of_text]) or 1, "bytes": n_bytes,
+            "bytes_per_token": round(n_bytes / max(n_tokens, 1), 4)}
+
+
+def count_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
+    """Return how often each token id occurs in a shard: (vocab_size,), int64. Raises UserError for any other id."""
+    tokens, counts = open_shard(path), np.zeros(vocab_size, dtype=np.int64)
+    for i in range(0, len(tokens), COUNT_SIZE):
+        ids = tokens[i:i + COUNT_SIZE]
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise UserError(f"shard {path} has token ids from {ids.min()} to {ids.max()}: the vocabulary ends at "
+                            f"{vocab_size - 1}")
+        counts += np.bincount(ids, minlength=vocab_size)
+    return counts
 
 
 def write_meta(data_root: str | Path, meta: dict) -> None:
-    """Write `meta.json`. Call it last: its presence says that the shards are complete."""
     with atomic_write(Path(data_root) / "meta.json") as file:
         file.write(json.dumps(meta, indent=2).encode() + b"\n")
 
 
-def read_meta(data_root: str | Path) -> dict:
-    """What `meta.json` says, or {} where there is none (people make shards of their own with `np.save`).
+def read_meta(data_root: str | Path, allow_incomplete: bool = False) -> dict:
+    """Return the content of meta.json, {} if there is none (people make their own shards with `np.save`).
 
-    Its "tokenizer" is what `gpt.tokenizer.get_tokenizer` takes. Raises UserError if the file is there but is not a JSON
-    object, its tokenizer or vocab_size cannot be one, or a preparation has not come to its end.
+    Raises UserError if it is damaged or, unless `allow_incomplete`, if the dataset is unfinished.
     """
     path = Path(data_root) / "meta.json"
     try:
         meta = read_json(path, "a JSON object: prepare the data again, or delete this file")
     except FileNotFoundError:
-        if unfinished := sorted(Path(data_root).glob("prepare_*_of_*.json")):
-            raise UserError(f"{str(data_root)!r} is not prepared to its end ({unfinished[0].name}): run the same "
-                            f"`python -m scripts.prepare` again, and after several parts --merge") from None
         if (path.parent / "tokenizer.tiktoken").exists():
             raise UserError(f"{path} is missing, which names the tokenizer: prepare the data again") from None
         return {}
+    if not allow_incomplete and not meta.get("complete", True):
+        raise UserError(f"data in {str(data_root)!r} is incomplete: run `{meta.get('command')}` to finish it")
     vocab_size = meta.get("vocab_size", 1)
     if type(vocab_size) is not int or vocab_size < 1 or not isinstance(meta.get("tokenizer", ""), str | None):
         raise UserError(f"{path} has vocab_size {vocab_size!r} and tokenizer {meta.get('tokenizer')!r}: expected a "
                         f"whole number above 0 and a name; prepare the data again, or delete this file")
-    splits = meta.get("splits", {})
-    if not isinstance(splits, dict) or not all(split.isidentifier() and isinstance(about, dict) and all(
-            type(value) in (int, float) for value in about.values()) for split, about in splits.items()):
-        raise UserError(f"{path} has splits {str(splits)[:100]}: expected the sizes of each; prepare the data again")
-    if (path.parent / "tokenizer.tiktoken").is_file():
-        table = read_table(path.parent)
-        if (name := tokenizer_name(table)) != meta.get("tokenizer"):
-            raise UserError(f"{path} has the tokenizer {meta.get('tokenizer')}, beside it lies {name}: prepare the "
-                            f"data again")
-        meta["tokenizer"] = table
     return meta
 
 
-def read_finished(data_root: str | Path) -> dict:
-    """What `meta.json` says, {} as long as a preparation has not written it."""
-    return read_meta(data_root) if (Path(data_root) / "meta.json").exists() else {}
+def read_tokenizer(data_root: str | Path, meta: dict) -> Tokenizer | None:
+    """Return the tokenizer of a dataset: its own beside the shards, or GPT-2's; None if `meta` names none.
+
+    Raises UserError if it is missing, damaged, or another one than `meta` says.
+    """
+    if not meta.get("tokenizer"):
+        return None
+    own = (Path(data_root) / "tokenizer.tiktoken").is_file()
+    tokenizer = Tokenizer.load(data_root) if own else Tokenizer(meta["tokenizer"])
+    if tokenizer.name != meta["tokenizer"]:
+        raise UserError(f"{data_root}/meta.json names the tokenizer {meta['tokenizer']}, but tokenizer.tiktoken is "
+                        f"{tokenizer.name}: prepare the data again")
+    return tokenizer
 
 
 def is_complete(data_root: str | Path, meta: dict) -> bool:
-    """Whether every split that `meta` tells of is there, whole."""
-    try:
-        return bool(meta) and all(
-            about["tokens"] == sum(len(open_shard(path)) for path in Path(data_root).glob(f"{split}_*.npy"))
-            for split, about in meta["splits"].items())
-    except (UserError, KeyError, TypeError, AttributeError):  # damaged shards, or a meta.json of another kind
-        return False
+    """Return whether the shards have as many tokens as `meta` says. Raises UserError if one is damaged."""
+    return "splits" in meta and all(
+        stats["tokens"] == sum(len(open_shard(path)) for path in Path(data_root).glob(f"{split}_*.npy"))
+        for split, stats in meta["splits"].items())
 
 
-def count(meta: dict) -> str:
-    """The sizes of the splits in words."""
-    return " and ".join(f"{about['tokens']:,} {split} tokens" for split, about in meta["splits"].items())
+def format_token_counts(meta: dict) -> str:
+    """Return, for example, "304,222 train tokens and 33,803 val tokens"."""
+    return " and ".join(f"{stats['tokens']:,} {split} tokens" for split, stats in meta["splits"].items())
 
 
 def find_shards(data_root: str | Path, split: str) -> list[Path]:

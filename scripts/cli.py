@@ -164,10 +164,10 @@ def load_model(config: CheckpointConfig, device: Any, note: str = "") -> tuple[s
 
     See `find_checkpoint`. Raises UserError, also for a checkpoint without a tokenizer."""
     from gpt.model import GPT
-    from gpt.tokenizer import get_tokenizer
+    from gpt.tokenizer import Tokenizer
 
     source, content = find_checkpoint(config, note)
     if not content.get("tokenizer"):
         raise UserError(f"checkpoint {source} has no known tokenizer (trained on raw token ids): use it from Python "
                         f"(GPT.from_checkpoint)")
-    return source, GPT.from_checkpoint(content).to(device).eval(), get_tokenizer(content["tokenizer"])
+    return source, GPT.from_checkpoint(content).to(device).eval(), Tokenizer(content["tokenizer"])

@@ -31,11 +31,11 @@ def main(config: HellaSwagConfig) -> None:
         raise UserError(f"limit is {config.limit}: it must be 0 (all) or more")
     with distributed.init_distributed(config.device, rank_timeout=3600) as dist:
         examples = hellaswag.load_examples(config.data, config.limit)
-        source, model, encoding = cli.load_model(config, dist.device)
+        source, model, tokenizer = cli.load_model(config, dist.device)
         path = Path(config.log_dir) / "hellaswag.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # it fails now, or not at all
         precision = select_precision(config.precision, dist.device)
-        result = hellaswag.evaluate(model, encoding, examples, dist, DTYPES[precision], show_bar=True)
+        result = hellaswag.evaluate(model, tokenizer, examples, dist, DTYPES[precision], show_bar=True)
         if dist.is_master and result:
             print(f"{result['examples']} examples | acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
                   f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {precision} | {path}")

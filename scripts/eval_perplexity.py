@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from gpt.device import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_window_losses
-from gpt.shards import find_shards, open_shard, read_meta
-from gpt.tokenizer import token_lengths, tokenizer_name
+from gpt.shards import find_shards, open_shard, read_meta, read_tokenizer
+from gpt.tokenizer import Tokenizer
 from scripts import cli
 
 
@@ -29,7 +28,7 @@ class PerplexityConfig(cli.CheckpointConfig):
 def main(config: PerplexityConfig) -> None:
     """Print the loss, the perplexity and the bits per byte of all tokens but the first."""
     device = select_device(config.device)
-    _, model, encoding = cli.load_model(config, device)
+    _, model, tokenizer = cli.load_model(config, device)
     T = model.config.block_size
     stride = config.stride or T // 2
     if T < 2:
@@ -37,17 +36,17 @@ def main(config: PerplexityConfig) -> None:
     if not 1 <= stride <= T or config.batch_size < 1:
         raise UserError(f"stride is {config.stride} and batch_size is {config.batch_size}: expected a stride of at "
                         f"most the model's context, {T} tokens, and a batch_size of 1 or more")
-    pieces = [piece for piece in read_tokens(Path(config.data), encoding) if len(piece) > 1]
+    pieces = [piece for piece in read_tokens(Path(config.data), tokenizer) if len(piece) > 1]
     if not pieces:
         raise UserError(f"data {config.data!r} has fewer than two tokens: there is nothing to predict")
-    bytes_of = token_lengths(encoding, model.config.vocab_size)
+    token_lengths = tokenizer.token_lengths(model.config.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with tqdm(total=sum(len(piece) - 1 for piece in pieces), unit="token", unit_scale=True, disable=None) as bar:
         for piece in pieces:
             for losses, targets in sliding_window_losses(model, piece, stride, config.batch_size):
                 nats += losses.sum()
                 n_tokens += len(targets)
-                n_bytes += bytes_of[targets].sum()
+                n_bytes += token_lengths[targets].sum()
                 bar.update(len(targets))
                 bar.set_postfix_str(f"perplexity {math.exp(min(nats / n_tokens, 700)):.2f}", refresh=False)
     loss = nats / n_tokens
@@ -56,18 +55,20 @@ def main(config: PerplexityConfig) -> None:
           f"{math.exp(min(loss, 700)):.4f} | {bits_per_byte:.4f} bits per byte | stride {stride}")
 
 
-def read_tokens(data: Path, encoding: tiktoken.Encoding) -> list[np.ndarray]:
+def read_tokens(data: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
     """The token ids of a text file, or of each val shard in a folder. Raises UserError if they cannot be read."""
     if data.is_dir():
-        if (theirs := tokenizer_name(read_meta(data).get("tokenizer") or encoding.name)) != encoding.name:
-            raise UserError(f"data {str(data)!r} was made with the tokenizer {theirs}, the model's is {encoding.name}")
+        data_tokenizer = read_tokenizer(data, read_meta(data))
+        if data_tokenizer and data_tokenizer.name != tokenizer.name:
+            raise UserError(f"data {str(data)!r} was made with the tokenizer {data_tokenizer.name}, the model's is "
+                            f"{tokenizer.name}")
         return [open_shard(path) for path in find_shards(data, "val")]
     try:
         text = data.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data {str(data)!r} cannot be read ({error}): expected a text file in UTF-8, or a folder with "
                         f"val_*.npy") from None
-    return [np.array(encoding.encode_ordinary(text), dtype=np.int64)]
+    return [np.array(tokenizer.encode(text), dtype=np.int64)]
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import tiktoken
 import torch
 
 from gpt.device import select_device, select_precision
 from gpt.errors import UserError
 from gpt.generation import prepare_for_generation, stream_text
 from gpt.model import GPT
+from gpt.tokenizer import Tokenizer
 from scripts import cli
 
 
@@ -41,14 +41,14 @@ def main(config: GenerateConfig) -> None:
     device = select_device(config.device)
     is_bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and select_precision("auto", device) == "bf16"
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-    _, model, encoding = cli.load_model(config, device, note=f", {str(dtype).removeprefix('torch.')}")
+    _, model, tokenizer = cli.load_model(config, device, note=f", {str(dtype).removeprefix('torch.')}")
     prepare_for_generation(model, dtype)
     # None for "not given" would not do: on a command line tyro reads the text `None` as None
     is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
-    (run_interactive if is_interactive else print_samples)(config, model, encoding)
+    (run_interactive if is_interactive else print_samples)(config, model, tokenizer)
 
 
-def run_interactive(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
+def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
     """Ask for prompts and continue each, until Ctrl-D; an empty one is a newline."""
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401  # gives input() line editing and history
@@ -59,7 +59,7 @@ def run_interactive(config: GenerateConfig, model: GPT, encoding: tiktoken.Encod
         try:
             turn_config = replace(config, prompt=input("> ") or "\n", seed=seed)
             seed += 1
-            print_samples(turn_config, model, encoding)
+            print_samples(turn_config, model, tokenizer)
         except UserError as error:
             cli.print_error(str(error))
         except KeyboardInterrupt:  # ends only the current text or input line
@@ -69,10 +69,10 @@ def run_interactive(config: GenerateConfig, model: GPT, encoding: tiktoken.Encod
             return
 
 
-def print_samples(config: GenerateConfig, model: GPT, encoding: tiktoken.Encoding) -> None:
+def print_samples(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
     """Print `num_samples` continuations of the prompt; the first one is streamed."""
     texts: list[list[str]] = [[] for _ in range(config.num_samples)]
-    for pieces in stream_text(model, encoding, [config.prompt] * config.num_samples, config.max_new_tokens,
+    for pieces in stream_text(model, tokenizer, [config.prompt] * config.num_samples, config.max_new_tokens,
                               temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed):
         print(pieces[0], end="", flush=True)
         for text, piece in zip(texts, pieces, strict=True):

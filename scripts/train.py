@@ -31,7 +31,6 @@ from gpt.optim import configure_optimizer, get_lr
 from gpt.resolve import check_config, out_of_memory_advice, resolve
 from gpt.shards import fingerprint
 from gpt.signals import StopHandler
-from gpt.tokenizer import get_tokenizer
 from scripts.cli import run_cli
 
 
@@ -101,7 +100,6 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
     """The run, from top to bottom; return the exit status."""
     checkpoints = CheckpointManager(config.log_dir, dist, log)
     config, model, tokenizer, train_loader, val_loader = resolve(config, dist, checkpoints.model_state, log.print)
-    encoding = get_tokenizer(tokenizer) if tokenizer else None
     examples = hellaswag.load_examples(config.hellaswag_data, config.hellaswag_limit) if config.hellaswag_every else []
     optimizer = configure_optimizer(model, config.optimizer, lr=config.max_lr, weight_decay=config.weight_decay,
                                     betas=config.betas)
@@ -112,7 +110,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
     # Resume from the newest checkpoint in log_dir, if there is one.
     settings = json.loads(json.dumps(asdict(config)))  # plain values: tuples become lists
     data = fingerprint([*train_loader.paths, *(val_loader.paths if val_loader else [])])
-    metadata = dict(tokenizer=tokenizer, train_config=settings, data=data)
+    metadata = dict(tokenizer=tokenizer and tokenizer.merge_table, train_config=settings, data=data)
     step = checkpoints.resume(model, optimizer, scaler, metadata)
     dist.assert_same({**settings, **data, "step": step},
                      "start all ranks with the same flags, the same data and one log_dir that all of them see")
@@ -138,20 +136,20 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
         with checkpoints.rescue(step):
             if val_loader and is_due(config.eval_every, step, finished) and not log.has("val", step):
                 batches = map(val_loader.load_batch, log.progress_bar(val_loader.eval_batches(config.eval_tokens)))
-                val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, dist, encoding)
+                val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, dist, tokenizer)
                 checkpoints.assert_finite(step, f"validation loss {val_loss}", val_loss)
                 if val_loss < log.best_loss:
                     checkpoints.save_best(step, val_loss)
                 log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
                 if log.out_of_patience:
                     continue  # known only now: save this step, and finish
-            if encoding and is_due(config.sample_every, step, finished) and not log.has("samples", step):
+            if tokenizer and is_due(config.sample_every, step, finished) and not log.has("samples", step):
                 with autocast:
-                    texts = generate_text(model, encoding, config.sample_prompts, config.sample_tokens, temperature=0.8,
-                                          top_k=200, seed=config.seed)
+                    texts = generate_text(model, tokenizer, config.sample_prompts, config.sample_tokens,
+                                          temperature=0.8, top_k=200, seed=config.seed)
                 log.samples(step=step, texts=texts)
-            if encoding and is_due(config.hellaswag_every, step, finished) and not log.has("hellaswag", step):
-                result = hellaswag.evaluate(model, encoding, examples, dist, dtype,
+            if tokenizer and is_due(config.hellaswag_every, step, finished) and not log.has("hellaswag", step):
+                result = hellaswag.evaluate(model, tokenizer, examples, dist, dtype,
                                             batch_tokens=config.micro_batch_size * int(config.seq_len),
                                             show_bar=log.bar is not None, stopped=lambda: stop.signum > 0)
                 if result is None:  # a signal on any rank

@@ -1,70 +1,62 @@
 """Learn a tokenizer from text: python -m scripts.train_tokenizer --input my_texts --out my_tokenizer"""
 
 import itertools
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt.documents import TextConfig, find_sources, read_batches
 from gpt.errors import UserError
-from gpt.files import atomic_write
-from gpt.tokenizer import get_tokenizer, train_tokenizer
+from gpt.text_files import TextConfig, find_sources, read_batches
+from gpt.tokenizer import Tokenizer
 from scripts import cli
 
-ENDLESS = re.compile(r"\S{1000}|\s{1000}")
+LONG_RUN = re.compile(r"\S{1000}|\s{1000}")
 
 
 @dataclass
 class TokenizerConfig(TextConfig):
-    """Settings of scripts.train_tokenizer. With the text settings of scripts.prepare it sees only what is for training
-    there: pass --val_fraction 0 if validation has an input of its own."""
+    """Settings of scripts.train_tokenizer. Given the text settings of scripts.prepare, it learns from the same train
+    split; pass --val_fraction 0 if the validation text is in files of its own."""
 
     out: str  # output folder, new or empty
-    vocab_size: int = 4096  # vocabulary size, with 256 bytes and <|endoftext|>
-    max_bytes: int = 1_000_000_000  # maximum bytes of text to train on
+    vocab_size: int = 4096  # vocabulary size, including 256 bytes and <|endoftext|>
+    max_bytes: int = 1_000_000_000  # maximum bytes of text to learn from
 
 
 def main(config: TokenizerConfig) -> None:
-    """Write the merge table and what it was made from."""
+    """Write the merge table, tokenizer.tiktoken."""
     if config.max_bytes < 1:
-        raise UserError(f"max_bytes is {config.max_bytes}: it must be 1 or more")
+        raise UserError(f"--max_bytes is {config.max_bytes}: must be at least 1")
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out {config.out!r} is there already and is not empty: pass another folder, or delete it")
-    read = 0
+        raise UserError(f"--out {config.out} exists and is not empty: choose another folder or delete it")
+    n_bytes = 0
 
     def train_texts() -> Iterator[str]:
-        nonlocal read
-        with tqdm(total=1.0, disable=None, bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}") as bar:
-            for batch in read_batches(find_sources(config), config):
-                for _, text in batch.pieces["train"]:
-                    read += len(text.encode("utf-8", "replace"))
-                    # A run of letters, or of blanks, without an end costs the square of its length to learn from.
-                    cuts = [0, *(match.end() for match in ENDLESS.finditer(text)), len(text)]
-                    yield from (text[begin:end].encode("utf-8", "replace").decode()
-                                for begin, end in itertools.pairwise(cuts))
-                bar.update(batch.share - bar.n)
-                if read >= config.max_bytes:
+        nonlocal n_bytes
+        with tqdm(unit="B", unit_scale=True, disable=None) as bar:
+            for batch, fraction in read_batches(find_sources(config), config):
+                for text in (text for split, _, text in batch if split == "train"):
+                    n_bytes += len(text.encode("utf-8", "replace"))
+                    # Learning takes the square of the length of a run without a word boundary.
+                    cuts = [0, *(match.end() for match in LONG_RUN.finditer(text)), len(text)]
+                    yield from (text[i:j].encode("utf-8", "replace").decode() for i, j in itertools.pairwise(cuts))
+                bar.total = round(n_bytes / fraction) if fraction else None  # estimated from the bytes read
+                bar.update(n_bytes - bar.n)
+                if n_bytes >= config.max_bytes:
                     return
 
-    table = train_tokenizer(train_texts(), config.vocab_size)
-    if not read:
-        raise UserError("there is no text for training in the input: lower --val_fraction")
-    encoding = get_tokenizer(table)
-    settings = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "pattern": encoding._pat_str,
-                "bytes_read": read, "settings": asdict(config)}
+    tokenizer = Tokenizer.train(train_texts(), config.vocab_size)
+    if not n_bytes:
+        raise UserError("the input has no text for training: lower --val_fraction")
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "settings.json") as file:
-        file.write(json.dumps(settings, indent=2).encode() + b"\n")
-    with atomic_write(out / "tokenizer.tiktoken") as file:
-        file.write(table.encode())
-    print(f"{config.out}: {encoding.n_vocab:,} tokens learned from {read:,} bytes of text")
-    if encoding.n_vocab < config.vocab_size:
-        print(f"that is less than the {config.vocab_size:,} asked for: this text has no more pairs to merge")
+    tokenizer.save(out)
+    print(f"{config.out}: {tokenizer.n_vocab:,} tokens learned from {n_bytes:,} bytes of text")
+    if tokenizer.n_vocab < config.vocab_size:
+        print(f"fewer than the {config.vocab_size:,} requested: this text has no more pairs to merge")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from gpt import checkpoint, pretrained
 from gpt.errors import UserError
 from gpt.generation import generate
 from gpt.model import GPT
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import Tokenizer
 from scripts import cli
 
 TOLERANCE = 1e-4  # of logits in float32
@@ -32,8 +32,8 @@ def main(config: ValidateConfig) -> int:
         raise UserError(f"max_new_tokens is {config.max_new_tokens} and top is {config.top}: both must be 1 or more")
     content = checkpoint.load_checkpoint(config.model)
     ours = GPT.from_checkpoint(content).eval()
-    encoding = get_tokenizer(content.get("tokenizer") or "gpt2")
-    prompt = encoding.encode(config.prompt, allowed_special="all")
+    tokenizer = Tokenizer(content.get("tokenizer") or "gpt2")
+    prompt = tokenizer.encode(config.prompt, allow_special=True)
     room = ours.config.block_size - len(prompt)
     if not prompt or room < 1 or max(prompt) >= ours.config.vocab_size:
         raise UserError(f"the prompt has {len(prompt)} tokens: it must have at least one and fewer than block_size "
@@ -55,7 +55,7 @@ def main(config: ValidateConfig) -> int:
         logits, reference = ours(idx)[0], theirs(idx).logits[0]  # each (T, vocab_size)
     difference = (logits - reference).abs().max().item()
     def text(tokens: list) -> str:
-        return encoding.decode([token for token in tokens if token < encoding.n_vocab])  # some vocabularies are padded
+        return tokenizer.decode(token for token in tokens if token < tokenizer.n_vocab)  # some vocabularies are padded
 
     print(f"{config.model}: largest difference of {logits.numel():,} logits: {difference:.2e}")
     print(f"\n{'here':<30} transformers")
@@ -65,9 +65,10 @@ def main(config: ValidateConfig) -> int:
         print(" ".join(cells).rstrip())
 
     new_tokens = min(config.max_new_tokens, room)
-    mine = [token for token, in generate(ours, [prompt], new_tokens, temperature=0, stop_token=encoding.eot_token)]
+    stop = tokenizer.end_of_text
+    mine = [token for token, in generate(ours, [prompt], new_tokens, temperature=0, stop_token=stop)]
     other = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=new_tokens,
-                            eos_token_id=encoding.eot_token, pad_token_id=encoding.eot_token)[0, len(prompt):].tolist()
+                            eos_token_id=stop, pad_token_id=stop)[0, len(prompt):].tolist()
     print(f"\nhere:         {text(prompt + mine)!r}\ntransformers: {text(prompt + other)!r}\n")
     agree = difference <= TOLERANCE and mine == other
     print(f"they {'agree' if agree else 'DISAGREE'}: expected are logits that differ by at most {TOLERANCE:g}, and the "

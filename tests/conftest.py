@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "tests" / "data" / "coriolanus.txt"  # the first scenes of the play; 40 kB
@@ -32,7 +32,7 @@ TINY_BYTES = [*TINY, "--model.vocab_size", "256"]
 def data_root(tmp_path_factory) -> Path:
     """Shards of real text made by hand: two for train, one for val."""
     folder = tmp_path_factory.mktemp("data")
-    tokens = np.array(get_tokenizer().encode_ordinary(TEXT.read_text()), dtype=np.uint16)
+    tokens = np.array(Tokenizer().encode(TEXT.read_text()), dtype=np.uint16)
     np.save(folder / "train_00000.npy", tokens[:5000])
     np.save(folder / "train_00001.npy", tokens[5000:9000])
     np.save(folder / "val_00000.npy", tokens[9000:])

@@ -10,10 +10,10 @@ from tests.conftest import TEXT
 
 
 @torch.no_grad()
-def predict(model, encoding, example):
+def predict(model, tokenizer, example):
     """The ending with the smallest summed and with the smallest mean loss, and both sets of losses."""
-    context = encoding.encode_ordinary(example.context)
-    endings = [encoding.encode_ordinary(" " + ending) for ending in example.endings]
+    context = tokenizer.encode(example.context)
+    endings = [tokenizer.encode(" " + ending) for ending in example.endings]
     rows = [(context + ending)[-model.config.block_size - 1:] for ending in endings]
     T = max(map(len, rows)) - 1
     x = torch.tensor([row[:-1] + [0] * (T + 1 - len(row)) for row in rows])  # (4, T)

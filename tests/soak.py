@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gpt import checkpoint
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import Tokenizer
 from tests.conftest import TEXT, TINY, metrics, start, workers
 
 # Validations and saves so often that a kill hits them about as likely as a step.
@@ -93,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        tokens = np.array(get_tokenizer().encode_ordinary(TEXT.read_text()), dtype=np.uint16)
+        tokens = np.array(Tokenizer().encode(TEXT.read_text()), dtype=np.uint16)
         np.save(folder / "train_00000.npy", tokens[:9000])
         np.save(folder / "val_00000.npy", tokens[9000:])
         torchrun = ["torchrun", "--standalone", f"--nproc_per_node={args.ranks}"] if args.ranks > 1 else []

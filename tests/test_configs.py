@@ -7,7 +7,7 @@ from gpt.dataloader import grad_accum_steps
 from gpt.resolve import check_config as check_train
 from scripts.cli import parse_args
 from scripts.prepare import PrepareConfig
-from scripts.prepare import check as check_prepare
+from scripts.prepare import check_config as check_prepare
 from scripts.train import TrainConfig
 from tests.conftest import ROOT, metrics, run
 

@@ -159,15 +159,15 @@ def test_auto_takes_bfloat16_where_the_device_computes_it(log_dir, monkeypatch, 
     dtypes = []
     print_samples = script.print_samples
     monkeypatch.setattr(script, "select_precision", lambda name, device: precision)
-    monkeypatch.setattr(script, "print_samples", lambda config, model, encoding: (
-        dtypes.append(model.wte.weight.dtype), print_samples(config, model, encoding)))
+    monkeypatch.setattr(script, "print_samples", lambda config, model, tokenizer: (
+        dtypes.append(model.wte.weight.dtype), print_samples(config, model, tokenizer)))
     config = script.GenerateConfig(log_dir=str(log_dir), device="cpu", dtype=dtype, prompt="A", max_new_tokens=20)
     script.main(config)
     printed = capsys.readouterr()
     assert dtypes == [expected] and printed.err.endswith(f", {str(expected).removeprefix('torch.')}\n")
     if expected == torch.float32:
-        _, model, encoding = cli.load_model(config, torch.device("cpu"))
-        text, = generate_text(model, encoding, ["A"], 20, temperature=0.8, top_k=200, seed=1337)
+        _, model, tokenizer = cli.load_model(config, torch.device("cpu"))
+        text, = generate_text(model, tokenizer, ["A"], 20, temperature=0.8, top_k=200, seed=1337)
         assert printed.out == text + "\n"
 
 

@@ -17,7 +17,7 @@ from gpt.generation import (
     stream_text,
 )
 from gpt.model import GPT
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -194,24 +194,24 @@ def test_training_mode_is_given_back(model):
 
 def test_generate_text_hides_the_end_of_text():
     """Text, not tokens: the prompt and what follows, up to <|endoftext|>."""
-    encoding = get_tokenizer()
+    tokenizer = Tokenizer()
     model = GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=4)).eval()
     with torch.no_grad():
         model.ln_f.weight.zero_()
         model.ln_f.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # every position says the same
         model.wte.weight.zero_()
-        model.wte.weight[encoding.encode(" dog")[0], 0] = 1
-    assert generate_text(model, encoding, ["A"], 3, temperature=0) == ["A dog dog dog"]
+        model.wte.weight[tokenizer.encode(" dog")[0], 0] = 1
+    assert generate_text(model, tokenizer, ["A"], 3, temperature=0) == ["A dog dog dog"]
     with torch.no_grad():
-        model.wte.weight[encoding.eot_token, 0] = 2
-    assert generate_text(model, encoding, ["A", "Two words"], 3, temperature=0) == ["A", "Two words"]
+        model.wte.weight[tokenizer.end_of_text, 0] = 2
+    assert generate_text(model, tokenizer, ["A", "Two words"], 3, temperature=0) == ["A", "Two words"]
 
 
 def test_characters_of_several_tokens_come_whole():
     """What streams to a terminal, joined, is what the tokens say; no half of a character is shown."""
-    encoding = get_tokenizer()
+    tokenizer = Tokenizer()
     text = "naïve 東京 🙂"
-    ids = encoding.encode(text)
+    ids = tokenizer.encode(text)
     model = GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=32)).eval()
     with torch.no_grad():  # at each position the likeliest token is the text's next one
         model.h[0].attn.c_proj.weight.zero_(), model.h[0].mlp.c_proj.weight.zero_()
@@ -219,7 +219,7 @@ def test_characters_of_several_tokens_come_whole():
         for position, token in enumerate(ids):
             model.wpe.weight[position, position] = 2.0
             model.wte.weight[token, position] = 1.0
-    pieces = [piece for piece, in stream_text(model, encoding, ["A"], len(ids), temperature=0)]
+    pieces = [piece for piece, in stream_text(model, tokenizer, ["A"], len(ids), temperature=0)]
     assert "".join(pieces) == "A" + text and "" in pieces and "\ufffd" not in "".join(pieces)
-    cut = next(i for i in range(len(ids)) if encoding.decode(ids[:i]).endswith("\ufffd"))
-    assert generate_text(model, encoding, ["A"], cut, temperature=0) == ["A" + encoding.decode(ids[:cut])]
+    cut = next(i for i in range(len(ids)) if tokenizer.decode(ids[:i]).endswith("\ufffd"))
+    assert generate_text(model, tokenizer, ["A"], cut, temperature=0) == ["A" + tokenizer.decode(ids[:cut])]

@@ -1,5 +1,6 @@
 """gpt/hellaswag.py: the same predictions as the usual way, and the command."""
 
+import base64
 import json
 import math
 import signal
@@ -7,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-import tiktoken
 import torch
 
 from gpt import hellaswag
 from gpt.config import GPTConfig
 from gpt.distributed import Distributed
 from gpt.model import GPT
+from gpt.tokenizer import Tokenizer
 from tests import plain_hellaswag
 from tests.conftest import TINY, Fork, assert_refused, metrics, run, run_ranks, start
 from tests.plain_hellaswag import make_examples
@@ -22,8 +23,7 @@ DATA = Path(__file__).parent / "data" / "hellaswag.jsonl"  # our own examples in
 
 
 # A tokenizer of single bytes: fast, and its sequences are four times as long.
-BYTES = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
-                          special_tokens={"<|endoftext|>": 256})
+BYTES = Tokenizer("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
 
 
 def model(block_size=1024, std=0.1):

@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt.evaluation import sliding_window_losses
 from gpt.model import GPT
-from gpt.tokenizer import get_tokenizer
+from gpt.tokenizer import Tokenizer
 from tests.conftest import TEXT, random_gpt2, run
 
 
@@ -51,9 +51,9 @@ def test_the_command_reports_the_guides_perplexity(gpt2_folder, tmp_path, data_r
     """Of a text and of shards; bits per byte count the text's bytes, without its first token."""
     text = TEXT.read_text()[:1500]
     (tmp_path / "text.txt").write_text(text)
-    tokens = get_tokenizer().encode_ordinary(text)
+    tokens = Tokenizer().encode(text)
     losses = guide(GPT2LMHeadModel.from_pretrained(gpt2_folder).eval(), tokens, 48, 24)
-    n_bytes = len(text.encode()) - len(get_tokenizer().decode_single_token_bytes(tokens[0]))
+    n_bytes = len(text.encode()) - len(Tokenizer().decode(tokens[:1]))
 
     def report(*words):
         done = run("-m", "scripts.eval_perplexity", "--checkpoint", gpt2_folder, "--device", "cpu", *words)

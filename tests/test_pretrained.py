@@ -22,7 +22,7 @@ from gpt.config import GPTConfig
 from gpt.errors import UserError
 from gpt.generation import generate
 from gpt.model import GPT
-from gpt.tokenizer import get_tokenizer, merges, vocabulary
+from gpt.tokenizer import Tokenizer
 from scripts import validate
 from tests.conftest import ROOT, TEXT, Fork, assert_refused, metrics, random_gpt2, run, train
 
@@ -97,11 +97,11 @@ def test_overrides(gpt2_folder, tmp_path):
 
 def test_the_tokens_are_openais():
     """The vocabulary and merges that an export writes have the hashes of OpenAI's encoder.json and vocab.bpe."""
-    encoding = get_tokenizer()
-    pairs = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges(encoding))
+    tokenizer = Tokenizer()
+    pairs = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in tokenizer.merges())
     assert hashlib.sha256(pairs.encode()).hexdigest() == (
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
-    in_order = dict(sorted(vocabulary(encoding).items(), key=lambda item: item[1]))
+    in_order = dict(sorted(tokenizer.vocab().items(), key=lambda item: item[1]))
     assert hashlib.sha256(json.dumps(in_order).encode()).hexdigest() == (
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
 
@@ -130,7 +130,7 @@ def test_an_export_comes_back_bit_by_bit(trained):
 def test_transformers_continues_an_export_as_we_do(trained):
     """The same greedy tokens from `model.generate` and from our `generate`, to the end of the context."""
     theirs, ours = reference(trained / "hf"), GPT.from_pretrained(trained / "hf")
-    prompt = get_tokenizer().encode("Before we proceed any")
+    prompt = Tokenizer().encode("Before we proceed any")
     expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32 - len(prompt))[0].tolist()
     ids = [token for token, in generate(ours, [prompt], 32 - len(prompt), temperature=0)]
     assert prompt + ids == expected
@@ -140,18 +140,18 @@ def test_transformers_continues_an_export_as_we_do(trained):
 
 def test_the_exported_tokenizer_is_ours(trained):
     """AutoTokenizer gives the same ids on a play and on strange text, special token and all, and the text back."""
-    theirs, ours = AutoTokenizer.from_pretrained(trained / "hf"), get_tokenizer()
+    theirs, ours = AutoTokenizer.from_pretrained(trained / "hf"), Tokenizer()
     assert theirs.model_max_length == 32 and theirs.eos_token == "<|endoftext|>"
 
     @settings(max_examples=200, deadline=None)
     @given(st.text())
     def same(text):
-        ids = ours.encode(text, allowed_special="all")
+        ids = ours.encode(text, allow_special=True)
         assert theirs(text).input_ids == ids
 
     same()
     for text in (TEXT.read_text(), "A  b\n\n\t c'll 12<|endoftext|>émigré 東京 🙂 don't", " "):
-        ids = ours.encode(text, allowed_special="all")
+        ids = ours.encode(text, allow_special=True)
         assert theirs(text).input_ids == ids
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
 
@@ -204,7 +204,7 @@ def test_another_models_tokenizer_is_not_taken_for_gpt2s(gpt2_folder, trained, t
     folder = tmp_path / "model"
     shutil.copytree(gpt2_folder, folder)
     assert checkpoint.load_checkpoint(folder)["tokenizer"] == "gpt2"  # without any tokenizer the size has to do
-    words = vocabulary(get_tokenizer())
+    words = Tokenizer().vocab()
     (folder / "vocab.json").write_text(json.dumps(words))
     assert checkpoint.load_checkpoint(folder)["tokenizer"] == "gpt2"
     (folder / "vocab.json").write_text(json.dumps(dict(zip(words, reversed(words.values()), strict=True))))

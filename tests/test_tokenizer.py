@@ -10,7 +10,7 @@ import tiktoken_ext.openai_public
 from tiktoken._educational import SimpleBytePairEncoding
 
 from gpt.errors import UserError
-from gpt.tokenizer import MERGES_SHA256, PATTERN, get_tokenizer
+from gpt.tokenizer import MERGES_SHA256, PATTERN, Tokenizer
 from tests.conftest import ROOT, TEXT
 
 
@@ -19,24 +19,26 @@ def test_it_is_what_tiktoken_publishes_as_gpt2():
     published = inspect.getsource(tiktoken_ext.openai_public.r50k_base)
     assert MERGES_SHA256 in published
     assert tiktoken_ext.openai_public.r50k_pat_str == PATTERN
-    tokenizer = get_tokenizer()
-    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token) == ("gpt2", 50257, 50256)
-    assert tokenizer.encode("<|endoftext|>", allowed_special="all") == [50256]
+    tokenizer = Tokenizer()
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.end_of_text) == ("gpt2", 50257, 50256)
+    assert tokenizer.encode("<|endoftext|>", allow_special=True) == [50256]
+    assert tokenizer.decode(tokenizer.encode("<|endoftext|>")) == "<|endoftext|>" and 50256 not in tokenizer.encode(
+        "<|endoftext|>")
 
 
 def test_known_ids():
     """Ids that GPT-2's users know by heart."""
-    assert get_tokenizer().encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    assert get_tokenizer().encode("Hello world") == [15496, 995]
+    assert Tokenizer().encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert Tokenizer().encode("Hello world") == [15496, 995]
 
 
 def test_it_merges_as_the_plain_algorithm_does():
     """tiktoken's educational byte-pair encoder, in plain Python, must find the same tokens in real text."""
-    tokenizer = get_tokenizer()
-    plain = SimpleBytePairEncoding(pat_str=PATTERN, mergeable_ranks=tokenizer._mergeable_ranks)
+    tokenizer = Tokenizer()
+    plain = SimpleBytePairEncoding(pat_str=PATTERN, mergeable_ranks=tokenizer.mergeable_ranks)
     text = TEXT.read_text()[:3000] + " naïve café 東京 🙂  \t\n\n  12345 don't"
-    assert tokenizer.encode_ordinary(text) == plain.encode(text, visualise=None)
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert tokenizer.encode(text) == plain.encode(text, visualise=None)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_it_loads_without_a_network(tmp_path):
@@ -44,8 +46,8 @@ def test_it_loads_without_a_network(tmp_path):
     code = ("import socket\n"
             "def refuse(*_): raise OSError('no network')\n"
             "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
-            "from gpt.tokenizer import get_tokenizer\n"
-            "print(get_tokenizer().encode('Hello world'))")
+            "from gpt.tokenizer import Tokenizer\n"
+            "print(Tokenizer().encode('Hello world'))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path)})
     assert done.stdout.strip() == "[15496, 995]", done.stderr
@@ -53,4 +55,4 @@ def test_it_loads_without_a_network(tmp_path):
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(UserError, match="unknown tokenizer 'cl100k'"):
-        get_tokenizer("cl100k")
+        Tokenizer("cl100k")
