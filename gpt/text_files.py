@@ -192,7 +192,7 @@ def split_text(source: Source, config: TextConfig) -> Iterator[tuple[str, str]]:
         n_chars -= len(block)
         if split == "train" and remaining < len(block):
             line_end = block.find("\n", remaining, len(block) - 1) + 1
-            if line_end or not n_chars:  # the text may end without another line
+            if line_end or not remaining or not n_chars:  # or no line ends in a whole block, or in the rest of the text
                 yield split, block[:line_end or remaining]
                 split, block = "val", block[line_end or remaining:]
         remaining = max(remaining - len(block), 0)
