@@ -47,20 +47,20 @@ def main(config: PrepareConfig) -> None:
         raise UserError(f"--val_fraction is {config.val_fraction}: must be between 0 and 1")
     out = Path(config.out)
     small = out / f"bpe{SMALL_VOCAB_SIZE}"
-    if config.input is None and all(is_complete(folder, read_meta(folder, allow_incomplete=True))
-                                    for folder in (out, small)):
-        meta = read_meta(out)
+    meta = read_meta(out, allow_incomplete=True) if config.input is None and out.is_dir() else {}
+    same_fraction = (meta.get("settings") or {}).get("val_fraction", config.val_fraction) == config.val_fraction
+    if same_fraction and is_complete(out, meta) and is_complete(small, read_meta(small, allow_incomplete=True)):
         print(f"{out} is complete ({format_token_counts(meta)} from {meta['source']}): nothing to do")
         return
     source, text = (config.input, read_text(Path(config.input))) if config.input else shakespeare(out)
     gpt2 = Tokenizer()
     ids = np.array(gpt2.encode(text))
     n_train = int((1 - config.val_fraction) * len(ids))
-    if not 0 < n_train < len(ids):
-        raise UserError(f"{source} is too short to split ({len(ids)} tokens): pass a longer text")
-    settings = {"text": hashlib.sha256(text.encode()).hexdigest(), "val_fraction": config.val_fraction}
-    write_dataset(out, gpt2, ids[:n_train], ids[n_train:], settings, source)
+    settings = {"inputs": hashlib.sha256(text.encode()).hexdigest(), "val_fraction": config.val_fraction}
     train, val = (gpt2.decode(split, errors="ignore") for split in (ids[:n_train], ids[n_train:]))  # cut in a character
+    if not train or not val:
+        raise UserError(f"{source} is too short to split ({len(ids)} tokens): pass a longer text")
+    write_dataset(out, gpt2, ids[:n_train], ids[n_train:], settings, source)
     learned = Tokenizer.train([train], SMALL_VOCAB_SIZE)
     write_dataset(small, learned, np.array(learned.encode(train)), np.array(learned.encode(val)), settings, source)
 
@@ -84,7 +84,7 @@ def write_dataset(folder: Path, tokenizer: Tokenizer, train: np.ndarray, val: np
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file. Raises UserError if it cannot be read."""
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --input {path} ({error}): pass a text file in UTF-8") from None
 

@@ -23,7 +23,7 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarray) -> Path:
+def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarray) -> None:
     """Write token arrays (1-D), one after the other, as `<data_root>/<split>_<index>.npy`, atomically.
 
     Raises OSError, for example if the disk is full.
@@ -35,15 +35,14 @@ def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarra
             "shape": (sum(map(len, parts)),)})
         for tokens in parts:
             file.write(np.ascontiguousarray(tokens, parts[0].dtype).data)
-    return path
 
 
 class ShardWriter:
     """Collect the tokens of a split and save them as shards of at most `shard_size` tokens.
 
     A shard ends where a document ends, unless that document is longer than a shard. The shards are the only record: if
-    the folder has some, write the split's documents from the last one on that was begun, which is number `n_documents`;
-    its tokens that are there already are dropped.
+    the folder has some, continue with the split's document number `n_documents` (counted from 1), the last one that was
+    begun; those of its tokens that are saved already are dropped.
     """
 
     def __init__(self, data_root: str | Path, split: str, tokenizer: Tokenizer, shard_size: int):
@@ -51,7 +50,7 @@ class ShardWriter:
         self.parts: list[np.ndarray] = []  # tokens that are in no shard yet
         self.n_pending = self.n_shards = self.skip = 0  # skip: tokens of the last document that are in shards
         self.counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # how often each token occurs
-        for path in sorted(Path(data_root).glob(f"{split}_*.npy")):
+        for path in list_shards(data_root, split):
             if path.name != f"{split}_{self.n_shards:05d}.npy":
                 raise UserError(f"{split}_{self.n_shards:05d}.npy is missing in {str(data_root)!r}: delete the folder "
                                 f"and prepare the data again")
@@ -88,7 +87,7 @@ class ShardWriter:
         self.parts, self.n_pending = rest, sum(map(len, rest))
 
     def close(self) -> dict[str, Any]:
-        """Save what is left as the last shard; return what meta.json says of a split."""
+        """Save what is left as the last shard; return the split's entry in meta.json."""
         if self.n_pending:
             self.save()
         return {"shards": self.n_shards} | split_stats(self.counts, self.tokenizer)
@@ -112,26 +111,28 @@ def dataset_folder(data_root: str | Path, tokenizer: Tokenizer, settings: dict[s
     try:
         with run_lock(root, "out"):
             meta = read_meta(root, allow_incomplete=True)
-            if (meta or any(root.glob("*.npy"))) and meta.get("settings") != settings:
-                before = meta.get("settings", {})
-                changed = [f"--{name} was {before[name]}" for name in settings if before.get(name) != settings[name]
-                           and name in before and name != "inputs"]
+            before = meta.get("settings") or {}
+            if before != settings and (meta or any(root.glob("*.npy")) or (root / "tokenizer.tiktoken").exists()):
+                changed = [f"--{name} was {before[name]}" for name in settings
+                           if name in before and before[name] != settings[name] and name != "inputs"]
                 raise UserError(f"--out {root} holds other data ({', '.join(changed) or 'from another input'}): choose "
                                 f"another folder or delete it")
             if not is_complete(root, meta):
                 began = True
-                tokenizer.save(root)
                 meta = {"complete": False, "command": shlex.join(["python", *sys.orig_argv[1:]]),
                         "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab,
                         "dtype": np.dtype(token_dtype(tokenizer.n_vocab)).name, "source": source, "settings": settings}
                 write_meta(root, meta)
-            yield meta
+                tokenizer.save(root)
+            try:
+                yield meta
+            finally:
+                if began and not any(root.glob("*.npy")):
+                    for name in ("tokenizer.tiktoken", "meta.json"):
+                        (root / name).unlink(missing_ok=True)
             if began:
                 write_meta(root, {**meta, "complete": True})
     finally:
-        if began and not any(root.glob("*.npy")):
-            for name in ("meta.json", "tokenizer.tiktoken"):
-                (root / name).unlink(missing_ok=True)
         if created and not any(root.iterdir()):
             root.rmdir()
 
@@ -169,7 +170,7 @@ def read_meta(data_root: str | Path, allow_incomplete: bool = False) -> dict:
     try:
         meta = read_json(path, "a JSON object: prepare the data again, or delete this file")
     except FileNotFoundError:
-        if (path.parent / "tokenizer.tiktoken").exists():
+        if (path.parent / "tokenizer.tiktoken").exists() and not allow_incomplete:
             raise UserError(f"{path} is missing, which names the tokenizer: prepare the data again") from None
         return {}
     if not allow_incomplete and not meta.get("complete", True):
@@ -184,7 +185,7 @@ def read_meta(data_root: str | Path, allow_incomplete: bool = False) -> dict:
 def read_tokenizer(data_root: str | Path, meta: dict) -> Tokenizer | None:
     """Return the tokenizer of a dataset: its own beside the shards, or GPT-2's; None if `meta` names none.
 
-    Raises UserError if it is missing, damaged, or another one than `meta` says.
+    Raises UserError if it is missing, damaged, or not the one that `meta` names.
     """
     if not meta.get("tokenizer"):
         return None
@@ -199,7 +200,7 @@ def read_tokenizer(data_root: str | Path, meta: dict) -> Tokenizer | None:
 def is_complete(data_root: str | Path, meta: dict) -> bool:
     """Return whether the shards have as many tokens as `meta` says. Raises UserError if one is damaged."""
     return "splits" in meta and all(
-        stats["tokens"] == sum(len(open_shard(path)) for path in Path(data_root).glob(f"{split}_*.npy"))
+        stats["tokens"] == sum(len(open_shard(path)) for path in list_shards(data_root, split))
         for split, stats in meta["splits"].items())
 
 
@@ -208,13 +209,18 @@ def format_token_counts(meta: dict) -> str:
     return " and ".join(f"{stats['tokens']:,} {split} tokens" for split, stats in meta["splits"].items())
 
 
+def list_shards(data_root: str | Path, split: str) -> list[Path]:
+    """Return the shards of a split in order of their numbers, which have five digits or more."""
+    return sorted(Path(data_root).glob(f"{split}_*.npy"), key=lambda path: (len(path.name), path.name))
+
+
 def find_shards(data_root: str | Path, split: str) -> list[Path]:
     """The shards of a split in order of their numbers. Raises UserError where there are none."""
     root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"data_root {str(root)!r} is not a folder: run `python prepare_shakespeare.py` first, "
                         f"or pass --data_root with the folder that holds your shards")
-    paths = sorted(root.glob(f"{split}_*.npy"))
+    paths = list_shards(root, split)
     if not paths:
         raise UserError(f"no shards for split {split} in {str(root)!r}: expected files like {split}_00000.npy; "
                         f"run `python prepare_shakespeare.py`, or pass another --data_root")

@@ -1,7 +1,7 @@
 """Read documents out of text, JSON, CSV and Parquet files and the Hugging Face Hub, whatever their size.
 
-A text file is one document, like a book; its end is for validation. A row of a table is a document; the hash of its
-text decides on its split.
+A text file is one document, like a book, and its last part goes to validation. A row of a table is a document, and a
+hash of its text assigns it to train or val.
 
 Files are not read with the builders of `datasets`: those read a text file as one string, turn "NA" in a CSV into
 nothing and CR LF into LF, give up on JSON whose other columns change their types, and name neither file nor row.
@@ -84,7 +84,7 @@ def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
     split: where all their text goes. Raises UserError if there are none or the Hub cannot be reached.
     """
     if (config.dataset is None) == (not config.input):
-        raise UserError("no text: pass either --input (files, folders or a pattern) or --dataset (a name on the Hub)")
+        raise UserError("pass the text as --input (files, folders, a pattern) or as --dataset (a name on the Hub)")
     if config.dataset is not None:
         return [find_dataset(config, split)]
     paths: dict[str, str] = {}
@@ -104,7 +104,7 @@ def find_files(entry: str) -> list[str]:
              and (not is_folder or extension(path) in TEXT + TABLES)]
     if not files:
         problem = f"the folder has no {', '.join(TEXT + TABLES)}" if is_folder else "no such file, and no match"
-        raise UserError(f"--input {entry!r}: {problem}: pass files, folders or a pattern in quotes")
+        raise UserError(f"input {entry!r}: {problem}: pass files, folders or a pattern in quotes")
     return files
 
 
@@ -151,18 +151,20 @@ def read_batches(sources: list[Source], config: TextConfig) -> Iterator[tuple[li
 def read_chunks(source: Source, config: TextConfig) -> Iterator[Chunk]:
     """Yield the documents of a source, without blank ones. Raises UserError if it cannot be read."""
     try:
-        if config.document_separator or (source.is_table and not config.join_rows):
-            documents = (split_documents(read_text(source, config), config.document_separator)
-                         if config.document_separator else read_rows(source, config.text_column))
-            for text in documents:
-                split = source.split or assign_split(text, config.val_fraction)
-                if len(text) >= MAX_CHUNK:
-                    yield from cut_chunks(split, [text])
-                elif text and not text.isspace():
-                    yield split, True, text
+        if source.is_table and not config.join_rows:
+            documents = read_rows(source, config.text_column)
+        elif config.document_separator:
+            documents = split_documents(read_text(source, config), config.document_separator)
         else:
             for split, blocks in itertools.groupby(split_text(source, config), lambda item: item[0]):
                 yield from cut_chunks(split, (block for _, block in blocks))
+            return
+        for text in documents:
+            split = source.split or assign_split(text, config.val_fraction)
+            if len(text) >= MAX_CHUNK:
+                yield from cut_chunks(split, [text])
+            elif text and not text.isspace():
+                yield split, True, text
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -187,15 +189,15 @@ def split_text(source: Source, config: TextConfig) -> Iterator[tuple[str, str]]:
         yield from ((source.split or "train", block) for block in read_text(source, config))
         return
     n_chars = sum(map(len, read_text(source, config)))
-    split, remaining = "train", int(n_chars * (1 - config.val_fraction))  # characters to the cut
+    cut, seen, split = int(n_chars * (1 - config.val_fraction)), 0, "train"
     for block in read_text(source, config):
-        n_chars -= len(block)
-        if split == "train" and remaining < len(block):
-            line_end = block.find("\n", remaining, len(block) - 1) + 1
-            if line_end or not remaining or not n_chars:  # or no line ends in a whole block, or in the rest of the text
-                yield split, block[:line_end or remaining]
-                split, block = "val", block[line_end or remaining:]
-        remaining = max(remaining - len(block), 0)
+        start, seen = max(cut - seen, 0), seen + len(block)
+        if split == "train" and start < len(block):
+            line_end = block.find("\n", start, len(block) - 1) + 1
+            is_last, is_next = seen == n_chars, start == 0
+            if line_end or is_last or is_next:  # no line ends in the rest of the text, or of the block before
+                yield split, block[:line_end or start]
+                split, block = "val", block[line_end or start:]
         yield split, block
 
 
@@ -251,7 +253,8 @@ def read_rows(source: Source, column: str) -> Iterator[str]:
     kind = ".parquet" if source.tables is not None else extension(source.path)
     rows = {".csv": csv_rows, ".parquet": arrow_rows}.get(kind, json_rows)(source, column)
     for number, row in rows:
-        if isinstance(row, dict) and isinstance(text := row.get(column, 0), str):
+        text = row.get(column) if isinstance(row, dict) else None
+        if isinstance(text, str):
             yield text
             continue
         where = f"{source.path}, {'row' if kind == '.parquet' else 'line'} {number}"
@@ -267,11 +270,12 @@ def read_rows(source: Source, column: str) -> Iterator[str]:
 
 def json_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) for objects on lines of their own, one after the other, or in an array."""
-    decode, skip, text, end, line = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*").match, "", 0, 1
+    decode, skip_separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*").match
+    text, end, line = "", 0, 1
     for block in itertools.chain(read_blocks(source), [""]):
         text, end = text[end:] + block, 0
         while True:
-            begin = skip(text, end).end()  # type: ignore[union-attr]  # it matches nothing, too
+            begin = skip_separators(text, end).end()  # type: ignore[union-attr]  # it matches nothing, too
             line += text.count("\n", end, begin)
             try:
                 value, end = decode(text, begin)
@@ -279,9 +283,8 @@ def json_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
                 end = begin
                 if begin == len(text) or (block and len(text) - begin < MAX_ROW):
                     break  # the rest is in the next block
-                reason = getattr(error, "msg", error) if not block else f"no end within {MAX_ROW:,} characters"
-                raise UserError(f'{source.path}, line {line}: broken JSON ({reason}): expected objects such as '
-                                f'{{"{column}": "…"}}') from None
+                raise UserError(f'{source.path}, line {line}: broken JSON ({getattr(error, "msg", error)}): expected '
+                                f'objects such as {{"{column}": "…"}}') from None
             yield line, value
             line += text.count("\n", begin, end)
 
@@ -290,10 +293,13 @@ def csv_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, row) for a CSV file whose first line has the names of the columns."""
     csv.field_size_limit(MAX_ROW)
     with open_text(source) as file:
-        rows = csv.DictReader(file, strict=True)
+        rows = csv.reader(file, strict=True)
         try:
-            for row in rows:
-                yield rows.line_num, row
+            names = next(rows, [])
+            for row in filter(None, rows):
+                if len(row) != len(names):
+                    raise csv.Error(f"{len(row)} cells, but {len(names)} column names")
+                yield rows.line_num, dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise UserError(f"{source.path}, line {rows.line_num}: broken CSV ({error}): is a quotation mark "
                             f"missing?") from None

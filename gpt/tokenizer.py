@@ -92,8 +92,8 @@ class Tokenizer:
     def encode_documents(self, chunks: Iterable[tuple[bool, str]]) -> np.ndarray:
         """Return the token ids (1-D, uint32) of `chunks`: (whether a document begins here, text).
 
-        `<|endoftext|>` goes before each document; the same letters in a text are text. All chunks are encoded as one
-        string, because a call for each document would cost as much as the encoding.
+        `<|endoftext|>` goes before each document; inside one, these characters are ordinary text. All chunks are
+        encoded as one string: a call per document takes 1.3 times as long for documents of 1 kB, twice for 200 bytes.
         """
         chunks = list(chunks)
         text = "".join(END_OF_TEXT * begins + text for begins, text in chunks)

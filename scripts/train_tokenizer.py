@@ -40,14 +40,14 @@ def main(config: TokenizerConfig) -> None:
         with tqdm(unit="B", unit_scale=True, disable=None) as bar:
             for batch, fraction in read_batches(find_sources(config), config):
                 for text in (text for split, _, text in batch if split == "train"):
+                    if n_bytes >= config.max_bytes:
+                        return
                     n_bytes += len(text.encode("utf-8", "replace"))
                     # Learning takes the square of the length of a run without a word boundary.
                     cuts = [0, *(match.end() for match in LONG_RUN.finditer(text)), len(text)]
                     yield from (text[i:j].encode("utf-8", "replace").decode() for i, j in itertools.pairwise(cuts))
                 bar.total = round(n_bytes / fraction) if fraction else None  # estimated from the bytes read
                 bar.update(n_bytes - bar.n)
-                if n_bytes >= config.max_bytes:
-                    return
 
     tokenizer = Tokenizer.train(train_texts(), config.vocab_size)
     if not n_bytes:

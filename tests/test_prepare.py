@@ -209,7 +209,7 @@ def test_chunks_have_the_tokens_of_the_whole(text, block, size):
     finally:
         text_files.MIN_CHUNK, text_files.MAX_CHUNK = before
     assert "".join(chunk for _, _, chunk in chunks) == ("" if text.isspace() else text)
-    assert [begins for _, begins, _ in chunks] == [True] + [False] * (len(chunks) - 1) if chunks else not text.strip()
+    assert [begins for _, begins, _ in chunks] == [True, *[False] * (len(chunks) - 1)][:len(chunks)]
     if chunks:
         ids = np.concatenate([GPT2.encode_documents([chunk[1:]]) for chunk in chunks])
         assert ids.tolist() == [50256, *GPT2.encode(text)]
@@ -375,3 +375,10 @@ def test_check_finds_what_is_wrong(tmp_path):
         shard.unlink() if content is None else shard.write_bytes(content)
         with pytest.raises(UserError, match=word):
             prepare.main(PrepareConfig(check=str(out)))
+
+
+def test_csv_rows_of_another_length_are_refused(tmp_path):
+    """An unquoted comma must not cut a text short."""
+    path = write(tmp_path / "a.csv", "id,text\n1,Hello, world\n")
+    with pytest.raises(UserError, match="line 2: broken CSV .3 cells, but 2 column names"):
+        prepare.main(PrepareConfig(input=[str(path)], out=str(tmp_path / "out")))

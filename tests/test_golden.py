@@ -1,0 +1,36 @@
+"""What must never change silently: figures that were written down once, and that a user's old runs depend on.
+
+If one changes on purpose, say so in the commit: runs that were begun before will not continue as they would have.
+"""
+
+import numpy as np
+import pytest
+
+from gpt.dataloader import DataLoaderLite
+from scripts import prepare
+from tests.conftest import TEXT, TINY_BYTES, metrics, train
+
+FIRST_LOSSES = [5.5464, 5.4845, 5.3579, 5.2033, 5.0094, 4.8002, 4.6298, 4.4194, 4.3230, 4.2224]
+
+
+def test_first_ten_losses_of_a_tiny_run(byte_data, tmp_path):
+    """Initialisation, order of the data, loss, AdamW, clipping and schedule all go into them."""
+    train(byte_data, tmp_path / "log", *TINY_BYTES, "--max_steps", "10", "--eval_every", "0")
+    losses = [record["loss"] for record in metrics(tmp_path / "log", "train").values()]
+    assert losses == pytest.approx(FIRST_LOSSES, abs=5e-4)
+
+
+def test_order_of_the_first_sequences(byte_data):
+    """For seed 1337 and the 998 sequences of this data, in the first and in the second epoch."""
+    loader = DataLoaderLite(byte_data, "train", micro_batch_size=4, seq_len=32, vocab_size=256, total_batch_size=256)
+    assert loader.sequence_at(np.arange(12)).tolist() == [921, 400, 846, 413, 67, 801, 523, 573, 906, 270, 835, 268]
+    assert loader.sequence_at(np.arange(998, 1004)).tolist() == [601, 435, 904, 770, 655, 480]
+
+
+def test_tokens_of_a_shard(tmp_path):
+    """GPT-2's ids of a known text after <|endoftext|>, as uint16."""
+    prepare.main(prepare.PrepareConfig(input=[str(TEXT)], out=str(tmp_path / "out")))
+    shard = np.load(tmp_path / "out" / "train_00000.npy")
+    assert shard.dtype == np.uint16
+    assert shard[:15].tolist() == [50256, 5962, 22307, 25, 198, 8421, 356, 5120, 597, 2252, 11, 3285, 502, 2740, 13]
+    assert len(shard) + len(np.load(tmp_path / "out" / "val_00000.npy")) == 12_099
