@@ -61,7 +61,8 @@ def main() -> None:
     print(f"{args.size}: a checkpoint of {size / 1e6:,.0f} MB saves in {statistics.median(seconds):.2f} s "
           f"({min(seconds):.2f} to {max(seconds):.2f})")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        pretrained.save({"model": model.state_dict(), "config": vars(model.config), "tokenizer": None}, Path(folder))
+        checkpoint = {"model": model.state_dict(), "config": vars(model.config), "tokenizer": None}
+        pretrained.save_pretrained(checkpoint, Path(folder))
         load_seconds, peak, weights = measure_load(folder)
     print(f"{args.size}: {weights / 1e9:.2f} GB load in {load_seconds:.1f} s, peak memory {peak / weights:.2f} x")
 

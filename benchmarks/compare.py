@@ -1,6 +1,5 @@
 """Time several ways to do the same thing in turn."""
 
-import json
 import statistics
 import subprocess
 import sys
@@ -23,17 +22,12 @@ def compare(title: str, unit: str, ways: dict[str, Callable[[], float]], rounds:
               f"({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
 
 
-def python(*words: object) -> str:
+def python(*args: object) -> str:
     """Run `python -m …` with this interpreter and return its standard output; if it fails, print why and exit."""
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", *map(str, args)], text=True, capture_output=True)
     return sys.exit(done.stderr) if done.returncode else done.stdout
 
 
-def bench(*words: object) -> float:
-    """Return the tokens/s of `python -m scripts.bench …`."""
-    return json.loads(python("scripts.bench", *words, "--json"))["rows"][0]["tokens_per_s"]
-
-
-def peer(*words: object) -> float:
-    """Return the tokens/s that `python -m …` prints as its last word."""
-    return float(python(*words).split()[-1])
+def rate(*args: object) -> float:
+    """Return the tokens/s that `python -m …` prints as its last word, as scripts.bench does."""
+    return float(python(*args).split()[-1])

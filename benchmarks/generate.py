@@ -10,39 +10,40 @@ from functools import partial
 
 import torch
 
-from benchmarks.compare import bench, compare, peer
+from benchmarks.compare import compare, rate
 
 
-def transformers(B: int, new_tokens: int, repeats: int) -> float:
+def transformers(B: int, max_new_tokens: int, num_repeats: int) -> float:
     """Return the median tokens/s of transformers' generate for B prompts of one token."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     idx, seconds = torch.zeros(B, 1, dtype=torch.int64, device=model.device), []
-    for _ in range(repeats):
+    for _ in range(num_repeats):
         t0 = time.perf_counter()
-        model.generate(idx, attention_mask=torch.ones_like(idx), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-                       do_sample=False, pad_token_id=0).cpu()
+        model.generate(idx, attention_mask=torch.ones_like(idx), min_new_tokens=max_new_tokens,
+                       max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0).cpu()
         seconds.append(time.perf_counter() - t0)
-    return B * new_tokens / statistics.median(seconds)
+    return B * max_new_tokens / statistics.median(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # be the process that runs transformers
     args, flags = parser.parse_known_args()
     for B in args.batch_sizes:
         if args.peer:
-            print(transformers(B, args.new_tokens, repeats=3))
+            print(transformers(B, args.max_new_tokens, num_repeats=3))
             continue
-        words = ["--batch_sizes", B, "--new_tokens", args.new_tokens]
-        compare(f"{B} x {args.new_tokens} tokens", "tokens/s", {
-            "transformers": partial(peer, "benchmarks.generate", "--peer", *words),
-            "ours": partial(bench, "generate", "--dtypes", "float32", "--repeats", 3, *words, *flags)}, args.rounds)
+        words = ["--batch_sizes", B, "--max_new_tokens", args.max_new_tokens]
+        compare(f"{B} x {args.max_new_tokens} tokens", "tokens/s", {
+            "transformers": partial(rate, "benchmarks.generate", "--peer", *words),
+            "ours": partial(rate, "scripts.bench", "generate", "--dtypes", "float32", "--num_repeats", 3, *words,
+                            *flags)}, args.rounds)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import time
 import torch
 
 from benchmarks.compare import compare
-from gpt import hellaswag
 from gpt.config import GPTConfig
 from gpt.device import DTYPES, select_precision
+from gpt.hellaswag import BATCH_TOKENS, load_examples, score_endings
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
-from tests import plain_hellaswag
+from tests import reference_hellaswag
 
 
 def main() -> None:
@@ -25,27 +25,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     model, tokenizer = GPT(GPTConfig()).eval(), Tokenizer()
-    examples = (hellaswag.load_examples(args.data, args.examples) if args.data
-                else plain_hellaswag.make_examples(args.examples))
-    choices: dict[str, torch.Tensor] = {}  # (examples, 2): the ending with the smallest sum and mean
+    examples = (load_examples(args.data, args.examples) if args.data
+                else reference_hellaswag.make_examples(args.examples))
+    choices: dict[str, torch.Tensor] = {}  # (2, examples): the endings with the smallest sums and means
 
     def reference() -> float:
         t0 = time.perf_counter()
-        choices["reference"] = torch.tensor([plain_hellaswag.predict(model, tokenizer, each)[:2] for each in examples])
+        choices["reference"] = reference_hellaswag.score_endings(model, tokenizer, examples).argmin(2)
         return len(examples) / (time.perf_counter() - t0)
 
     def ours(dtype: str) -> float:
         t0 = time.perf_counter()
-        choices[dtype] = hellaswag.predict(model, tokenizer, examples, hellaswag.BATCH_TOKENS["cpu"], DTYPES[dtype])
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
+            *_, (sums, counts) = score_endings(model, tokenizer, examples, BATCH_TOKENS["cpu"])
+        choices[dtype] = torch.stack([sums, sums / counts]).argmin(2)
         return len(examples) / (time.perf_counter() - t0)
 
     ways = {"four full rows, float32": reference, "ours, float32": lambda: ours("float32")}
     if (fast := select_precision("auto", torch.device("cpu"))) != "float32":
         ways[f"ours, {fast}"] = lambda: ours(fast)
     compare(f"{len(examples)} examples", "examples/s", ways, args.rounds)
-    labels = torch.tensor([example.label for example in examples])[:, None]
+    labels = torch.tensor([example.label for example in examples])
     for name, predictions in choices.items():
-        acc, acc_norm = (predictions == labels).double().mean(0).tolist()
+        acc, acc_norm = (predictions == labels).double().mean(1).tolist()
         same = (predictions == choices["reference"]).double().mean().item()
         print(f"  {name:<12} acc {acc:.4f}, acc_norm {acc_norm:.4f}, {same:.1%} of predictions as the reference's")
 

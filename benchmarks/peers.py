@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare import bench, compare, peer
+from benchmarks.compare import compare, rate
 
 SHAPES = ["4,192,6,2048,8,128", "4,128,4,50257,8,256", "12,768,12,50257,4,256"]
 FLAGS = ("model.n_layer", "model.n_embd", "model.n_head", "model.vocab_size", "micro_batch_size", "seq_len")
@@ -64,9 +64,9 @@ def main() -> None:
             continue
         words = [f"--{flag}={size}" for flag, size in zip(FLAGS, sizes, strict=True)]
         compare(shape, "tokens/s", {
-            "nanoGPT": partial(peer, "benchmarks.peers", "--peer", "--nanogpt", args.nanogpt, "--shape", shape),
-            "ours": partial(bench, "train", *words, "--total_batch_size", sizes[4] * sizes[5], "--repeats", STEPS,
-                            *flags)}, args.rounds)
+            "nanoGPT": partial(rate, "benchmarks.peers", "--peer", "--nanogpt", args.nanogpt, "--shape", shape),
+            "ours": partial(rate, "scripts.bench", "train", *words, "--total_batch_size", sizes[4] * sizes[5],
+                            "--num_repeats", STEPS, *flags)}, args.rounds)
 
 
 if __name__ == "__main__":

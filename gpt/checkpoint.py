@@ -199,7 +199,7 @@ def load_checkpoint(source: str | Path) -> dict:
     Raises UserError for a file that is missing, damaged, or does not make a model.
     """
     path = Path(source)
-    checkpoint = load_pt(path) if path.is_file() or path.suffix == ".pt" else pretrained.load(source)
+    checkpoint = load_pt(path) if path.is_file() or path.suffix == ".pt" else pretrained.load_pretrained(source)
     types = {"model": dict, "config": dict, "step": int, "tokenizer": str | None, "train_config": dict | None}
     missing = [key for key, expected_type in types.items() if not isinstance(checkpoint.get(key), expected_type)]
     if missing:

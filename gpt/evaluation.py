@@ -41,31 +41,28 @@ def evaluate_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
 
 @torch.no_grad()
 def sliding_window_losses(model: GPT, tokens: np.ndarray, stride: int,
-                   batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (losses, targets): the cross-entropies, in nats, of `tokens` (1-D ids) in their order, and their ids.
+                          batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (losses, targets) of each batch of windows: cross-entropies of `tokens` (1-D) in nats, and their ids.
 
-    Windows of block_size tokens begin every `stride` tokens, and each predicts those that the one before did not reach:
-    every token but the first is predicted once, after at least block_size - stride others if there are that many. At
-    stride block_size the windows do not overlap, and each leaves out its first token. These are the windows of
-    Hugging Face's guide "Perplexity of fixed-length models"; its sample code weighs each but the first one token too
-    low, here every token counts the same. Raises UserError for ids outside the vocabulary.
+    Windows of block_size tokens begin every `stride` tokens, as in Hugging Face's guide "Perplexity of fixed-length
+    models". Each predicts the tokens that the previous one did not reach: every token but the first is predicted once,
+    after at least block_size - stride others if there are that many. At stride block_size the windows do not overlap,
+    and the first token of each is left out. Raises UserError for ids outside the vocabulary.
     """
-    n, T = len(tokens), model.config.block_size
-    begins = range(0, max(n - T, 0) + stride, stride)  # the last one reaches the end
+    T, vocab_size, device = model.config.block_size, model.config.vocab_size, model.wte.weight.device
+    begins = range(0, max(len(tokens) - T, 0) + stride, stride)  # the last window reaches the end
     for i in range(0, len(begins), batch_size):
         idx = np.zeros((len(begins[i:i + batch_size]), T), dtype=np.int64)  # a short last window is padded at its end
-        sources, targets = [], []
-        for b, begin in enumerate(begins[i:i + batch_size]):
-            end = min(begin + T, n)
-            first = max(begin + 1, begin - stride + T if begin else 0)  # the first token that it predicts
-            idx[b, :end - begin] = tokens[begin:end]
-            sources.append(b * T + np.arange(first, end) - begin - 1)
-            targets.append(tokens[first:end])
-        if idx.min() < 0 or idx.max() >= model.config.vocab_size:
+        targets = np.full_like(idx, -1)  # -1: not to be predicted from here
+        for row, begin in enumerate(begins[i:i + batch_size]):
+            window = tokens[begin:begin + T]
+            first = max(T - stride, 1) if begin else 1  # the first token that the previous window did not reach
+            idx[row, :len(window)] = window
+            targets[row, first - 1:len(window) - 1] = window[first:]
+        if idx.min() < 0 or idx.max() >= vocab_size:
             raise UserError(f"the data has token ids from {idx.min()} to {idx.max()}: the model knows 0 to "
-                            f"{model.config.vocab_size - 1}; was it made with another tokenizer?")
-        target = np.concatenate(targets).astype(np.int64)
-        device = model.wte.weight.device
-        x = model.hidden_states(torch.from_numpy(idx).to(device)).flatten(0, 1)  # (B * T, C)
-        x = x[torch.from_numpy(np.concatenate(sources)).to(device)]
-        yield token_losses(x, model.wte.weight, torch.from_numpy(target).to(device)).double().cpu().numpy(), target
+                            f"{vocab_size - 1}; was it made with another tokenizer?")
+        predicted = targets >= 0
+        x = model.hidden_states(torch.from_numpy(idx).to(device))[torch.from_numpy(predicted)]  # (n_targets, C)
+        losses = token_losses(x, model.wte.weight, torch.from_numpy(targets[predicted]).to(device))
+        yield losses.double().cpu().numpy(), targets[predicted]

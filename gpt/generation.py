@@ -4,6 +4,7 @@ import codecs
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -44,20 +45,19 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None,
     return lambda x: linear(x.to(packed.dtype), packed, bias, "none", [], "").to(out_dtype)
 
 
-def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
-                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> list[str]:
+def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int,
+                  **sampling: Any) -> list[str]:
     """Return each prompt with its continuation, see `stream_text`."""
-    pieces = stream_text(model, tokenizer, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                         seed=seed)
+    pieces = stream_text(model, tokenizer, prompts, max_new_tokens, **sampling)
     return ["".join(text) for text in zip(*pieces, strict=True)]
 
 
-def stream_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
-                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Iterator[list[str]]:
+def stream_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int,
+                **sampling: Any) -> Iterator[list[str]]:
     """Yield the prompts, then after each token the new text of each sample.
 
     A sample ends at `<|endoftext|>` (not shown) or after `max_new_tokens` tokens. Its new text is "" after its end and
-    while a character is incomplete. temperature, top_k, top_p: see `sample`.
+    while a character is incomplete. sampling: temperature, top_k, top_p and seed, see `generate`.
     Raises UserError for a prompt with token ids beyond the model's vocabulary.
     """
     rows = [tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
@@ -66,42 +66,38 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_to
             raise UserError(f"prompt {prompt!r} has token {max(row)}: the model knows {model.config.vocab_size} tokens")
     yield prompts
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
-    non_text_tokens = {tokenizer.end_of_text, *range(tokenizer.n_vocab, model.config.vocab_size)}  # padded vocabularies
-    for tokens in generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-                           stop_token=tokenizer.end_of_text):
-        yield [decoder.decode(b"" if token is None or token in non_text_tokens else
-                              tokenizer.encoding.decode_single_token_bytes(token))
-               for decoder, token in zip(decoders, tokens, strict=True)]
+    for tokens in generate(model, rows, max_new_tokens, stop_token=tokenizer.end_of_text, **sampling):
+        # <|endoftext|> is the tokenizer's last token; ids beyond it are the padding of some models' vocabularies.
+        yield [decoder.decode(tokenizer.encoding.decode_single_token_bytes(token) if token < tokenizer.end_of_text
+                              else b"") for decoder, token in zip(decoders, tokens, strict=True)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]  # an incomplete last character
 
 
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, stop_token: int | None = None,
-             use_cache: bool = True) -> Iterator[list[int | None]]:
+             top_p: float = 1.0, seed: int = 0, stop_token: int = -1) -> Iterator[list[int]]:
     """Yield the next token id of every prompt, `max_new_tokens` times.
 
-    prompts: B non-empty lists of token ids, of any lengths. After `stop_token` a prompt yields None; when all prompts
-    have reached it, the iterator ends. Beyond `block_size` tokens the model sees only the last `block_size`.
+    prompts: B non-empty lists of token ids, of any lengths. A prompt that has reached `stop_token` repeats it; when all
+    have, the iterator ends. Beyond `block_size` tokens the model sees only the last `block_size`.
     temperature, top_k, top_p: see `sample`. Sampling depends on `seed` only and leaves PyTorch's global random state
-    unchanged. use_cache: keep keys and values of earlier tokens (`KVCache`) instead of recomputing them for each token.
-
-    The model is in evaluation mode during each call and back in its previous mode at the end.
+    unchanged. The model is in evaluation mode until the iterator ends, then back in its previous mode.
     """
-    rows = [list(prompt) for prompt in prompts]
-    finished = [False] * len(rows)
+    block_size = model.config.block_size
+    rows, finished = [list(prompt) for prompt in prompts], [False] * len(prompts)
+    length = max(map(len, rows)) + max_new_tokens - 1  # the last token is never an input
+    cache = KVCache(model, len(rows), min(length, block_size))
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same samples on every device
     was_training = model.training
     model.eval()
-    length = max(map(len, rows)) + max_new_tokens - 1  # the last token is never an input
-    cache = KVCache(model, len(rows), min(length, model.config.block_size)) if use_cache else None
     try:
         for _ in range(max_new_tokens):
-            if max(map(len, rows)) > model.config.block_size:
-                cache = None  # from here on the position of every token changes at every step
-            tokens = sample(next_token_logits(model, rows, cache), temperature, top_k, top_p, generator)
-            yield [None if done else token for token, done in zip(tokens, finished, strict=True)]
-            finished = [done or token == stop_token for token, done in zip(tokens, finished, strict=True)]
+            if max(map(len, rows)) > block_size:  # every token moves to another position: the cache is of no use
+                rows, cache.lengths = [row[-block_size:] for row in rows], [0] * len(rows)
+            tokens = sample(cache.next_token_logits(rows), temperature, top_k, top_p, generator)
+            tokens = [stop_token if done else token for token, done in zip(tokens, finished, strict=True)]
+            yield tokens
+            finished = [token == stop_token for token in tokens]
             if all(finished):
                 return
             for row, token in zip(rows, tokens, strict=True):
@@ -111,61 +107,46 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
 
 
 class KVCache:
-    """Keys and values of B token sequences, up to `length` tokens each.
+    """Keys and values of B token sequences, up to `length` tokens each, so that the model reads every token once.
 
     Shorter sequences are padded on the right, which causal attention never reads from earlier positions; the next
     token of a sequence overwrites its padding.
     """
 
     def __init__(self, model: GPT, B: int, length: int):
-        c = model.config
+        c, self.model = model.config, model
         self.kv: list[torch.Tensor] = []  # of each layer, allocated in the keys' dtype when it first runs
         self.kv_shape = (2, B, c.n_head, length, c.n_embd // c.n_head)
         self.lengths = [0] * B  # cached tokens of each sequence
-        self.write_index: tuple = ()  # of the current tokens, in (B, n_head, length)
 
-    def forward(self, model: GPT, idx: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Return the final hidden states (B, T, n_embd) for tokens `idx` (B, T): first the prompts, then T = 1.
+    def next_token_logits(self, rows: list[list[int]]) -> torch.Tensor:
+        """Return the logits (B, vocab_size), float32 on the CPU, for the token after each of B rows of token ids.
 
-        For B equal prompts the first `idx` may be (1, T). lengths: of the sequences including these tokens.
+        An empty cache takes rows of any lengths; later calls take the same rows with one more token each.
         """
-        cached, self.lengths = self.lengths, lengths
-        if min(cached) == max(cached):  # equal lengths, as at the beginning
-            new, mask = slice(cached[0], cached[0] + idx.shape[1]), None
-            positions = torch.arange(new.start, new.stop, device=idx.device)[None]  # (1, T)
-            self.write_index = (slice(None), slice(None), new)
-        else:
-            positions = torch.tensor(cached, device=idx.device)[:, None]  # (B, 1)
-            mask = (torch.arange(max(lengths), device=idx.device) <= positions)[:, None, None]  # (B, 1, 1, keys)
-            self.write_index = (torch.arange(len(cached), device=idx.device), slice(None), positions[:, 0])
-        return model.hidden_states(idx, positions, mask, [partial(self.update, i) for i in range(len(model.h))])
+        device = self.model.wte.weight.device
+        cached, self.lengths = self.lengths, [len(row) for row in rows]
+        inputs = [row[n:] for row, n in zip(rows, cached, strict=True)]
+        T = max(map(len, inputs))
+        idx = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in inputs], device=device)  # (B, T)
+        positions = torch.tensor(cached, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        self.write_index = (torch.arange(len(rows), device=device)[:, None], slice(None), positions)
+        mask = None
+        if min(cached) < max(cached):  # hide the padding of shorter rows
+            mask = (torch.arange(max(self.lengths), device=device) <= positions[..., None])[:, None]  # (B, 1, T, keys)
+        x = self.model.hidden_states(idx, positions, mask,
+                                     [partial(self.update, i) for i in range(len(self.model.h))])  # (B, T, C)
+        x = torch.stack([x[b, len(tokens) - 1] for b, tokens in enumerate(inputs)])  # (B, C), the last positions
+        return self.model.lm_head(x).float().cpu()
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values (B or 1, n_head, T, head size) to a layer's cache, return all of them so far."""
+        """Write keys and values (B, n_head, T, head size) to a layer's cache, return all of them so far."""
         if layer == len(self.kv):
             self.kv.append(k.new_zeros(self.kv_shape))
-        layer_kv = self.kv[layer]
-        for cache, new in zip(layer_kv, (k, v), strict=True):
-            cache[self.write_index] = new if isinstance(self.write_index[0], slice) else new[:, :, 0]
-        keys, values = layer_kv[:, :len(k), :, :max(self.lengths)]
+        for cache, new in zip(self.kv[layer], (k, v), strict=True):
+            cache[self.write_index] = new.transpose(1, 2)
+        keys, values = self.kv[layer][..., :max(self.lengths), :]
         return keys, values
-
-
-def next_token_logits(model: GPT, rows: list[list[int]], cache: KVCache | None = None) -> torch.Tensor:
-    """Return the logits (B, vocab_size), float32 on the CPU, for the token after each row of token ids.
-
-    cache: empty, or with all tokens of the rows except the last ones.
-    """
-    inputs = ([row[cached:] for row, cached in zip(rows, cache.lengths, strict=True)] if cache else
-              [row[-model.config.block_size:] for row in rows])
-    if not (cache and any(cache.lengths)) and all(row == inputs[0] for row in inputs):
-        inputs = inputs[:1]  # several samples of one prompt: a single forward pass
-    longest = max(map(len, inputs))
-    padded = [row + [0] * (longest - len(row)) for row in inputs]
-    idx = torch.tensor(padded, device=model.wte.weight.device)
-    x = cache.forward(model, idx, [len(row) for row in rows]) if cache else model.hidden_states(idx)  # (B, T, C)
-    x = torch.stack([x[b, len(row) - 1] for b, row in enumerate(inputs)])  # (B or 1, C), the last positions
-    return model.lm_head(x).float().cpu().expand(len(rows), -1)
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
@@ -177,11 +158,11 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     """
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    logits, token_ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k), most likely first
-    logits = (logits - logits[:, :1]) / temperature  # at most 0: no temperature is too small
-    probs = logits.softmax(dim=-1)
+    vocab_size = logits.shape[-1]
+    logits, token_ids = logits.topk(min(top_k or vocab_size, vocab_size))  # (B, k), most likely first
+    probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # at most 0: no temperature is too small
     if top_p < 1:
         cumulative_before = probs.cumsum(dim=-1) - probs  # of all more likely tokens
-        probs[:, 1:][cumulative_before[:, 1:] >= top_p] = 0  # the most likely token always stays
+        probs[cumulative_before > top_p] = 0
     sampled = torch.multinomial(probs, 1, generator=generator)
     return token_ids.gather(1, sampled)[:, 0].tolist()

@@ -1,25 +1,25 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings continues a text?
+"""HellaSwag (Zellers et al. 2019): choose which of four endings continues a text.
 
-Completion style: each ending is appended to the context after a space, and the model chooses the one with the smallest
-negative log-likelihood, summed over its tokens (`acc`) or as their mean (`acc_norm`). lm-evaluation-harness's task of
-this name has the topic before the context, other spaces, and means over bytes, so its numbers are others.
-Over the 10,042 examples of the validation split GPT-2 124M reaches acc 0.2859 and acc_norm 0.2955, GPT-2 XL 0.3842 and
-0.4893; guessing gives 0.25.
+Completion style: each ending is appended to the context after a space, and the model chooses the ending with the
+smallest negative log-likelihood (NLL), summed over its tokens (`acc`) or averaged (`acc_norm`). On the 10,042 examples
+of the validation split GPT-2 124M reaches acc 0.2859 and acc_norm 0.2955, GPT-2 XL 0.3842 and 0.4893; chance is 0.25.
+lm-evaluation-harness puts the topic before the context and averages over bytes, so its numbers differ.
 
-The plain way runs context and ending through the model for each ending, with logits at every position. Here a row
-holds the context once and the four endings after it; each ending has the positions it would have alone, and a mask lets
-it see the context and itself only. Rows of similar length share a batch, and only what predicts an ending's token goes
-through the LM head.
+The baseline runs the model once per ending, with logits at every position. Here a row holds the context once and the
+four endings after it; each ending has the positions that it would have alone, and a mask lets it see the context and
+itself only. Rows of similar length share a batch, and only what predicts an ending's token goes through the LM head.
 """
 
 import contextlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from gpt.config import GPTConfig
@@ -29,188 +29,137 @@ from gpt.loss import token_losses
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # positions in a batch, padding included
-
-
-class Interrupted(Exception):
-    """A signal has asked the run to stop."""
+BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # positions per batch, by device type
 
 
 @dataclass
 class Example:
-    """A context, its possible endings, and which of them is right, counted from 0."""
+    """A context, its four endings, and the index of the right one."""
 
     context: str
     endings: list[str]
     label: int
 
 
-@dataclass
-class Row:
-    """The tokens of a context and of one or more endings of the example with index `example`."""
-
-    example: int
-    context: list[int]
-    endings: list[list[int]]
-
-    @property
-    def length(self) -> int:
-        """Positions in the model: nothing follows an ending's last token, so it is only predicted."""
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
-
-
 def load_examples(data: str | None = None, limit: int = 0) -> list[Example]:
-    """The first `limit` examples (0: all) of a file in the original format, a JSON object a line, or, without one, of
-    the validation split of Rowan/hellaswag on the Hugging Face hub.
+    """Return the first `limit` examples (0: all) of a .jsonl file in the original format.
 
-    Raises UserError for a file that is missing or has a line that is no example, and where the hub cannot be reached.
+    data: path of the file; None: the validation split of Rowan/hellaswag on the Hugging Face hub.
+    Raises UserError if the file or the hub cannot be read, or an example is invalid.
     """
-    if data is None:
-        import datasets  # seconds
-
-        try:
-            records = datasets.load_dataset("Rowan/hellaswag", split="validation")
-        except Exception as error:  # of the network, the hub or the disk
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"HellaSwag cannot be had from the Hugging Face hub ({reason}): pass its file "
-                            f"hellaswag_val.jsonl, with --data (in training --hellaswag_data)") from None
-    else:
-        try:
-            records = [line for line in Path(data).read_text("utf-8-sig").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"HellaSwag data {data!r} cannot be read ({error}): expected a .jsonl file") from None
-    examples = []
-    for number, record in enumerate(records, start=1):
-        if limit and number > limit:
-            break
-        try:
-            record = json.loads(record) if isinstance(record, str) else record
-            example = Example(record["ctx"], list(record["endings"]), int(record["label"]))
+    source, examples = data or "Rowan/hellaswag", []
+    try:
+        for record in itertools.islice(read_records(data), limit or None):
+            example = Example(record["ctx"], list(record["endings"]), int(record["label"]))  # the hub's labels are text
             texts = [example.context, *example.endings]
-            if len(texts) < 3 or not all(isinstance(text, str) and text for text in texts):
-                raise ValueError("an empty text, or fewer than two endings")
-            if not 0 <= example.label < len(example.endings):
-                raise ValueError(f"label {example.label} is none of the endings")
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise UserError(f"example {number} of {data or 'Rowan/hellaswag'} is not one of HellaSwag ({error!r}): "
-                            f"expected a context `ctx`, `endings` and the `label` of the right one") from None
-        examples.append(example)
+            if len(texts) != 5 or example.label not in range(4) or not all(isinstance(t, str) and t for t in texts):
+                raise ValueError(f"{len(example.endings)} endings, label {example.label}, or an empty text")
+            examples.append(example)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"example {len(examples) + 1} of {source} is invalid ({error!r}): expected a context `ctx`, "
+                        f"four `endings` and the `label` of the right one, 0 to 3") from None
     if not examples:
-        raise UserError(f"HellaSwag data {data!r} has no examples")
+        raise UserError(f"HellaSwag data {source} has no examples: expected one JSON object per line")
     return examples
 
 
-def make_rows(index: int, example: Example, tokenizer: Tokenizer, config: GPTConfig) -> list[Row]:
-    """An example as one row, or as one for each ending if some would not fit into the model's context: then the
-    beginning of the text is left out, as far as that ending needs it. Raises UserError for tokens it does not know."""
-    block_size = config.block_size
+def read_records(data: str | None) -> Iterable[dict]:
+    """Return the records of a .jsonl file, or of the hub's split (None). Raises UserError if they cannot be read."""
+    try:
+        if data is None:
+            import datasets  # takes seconds
+            return datasets.load_dataset("Rowan/hellaswag", split="validation")
+        lines = Path(data).read_text("utf-8-sig").split("\n")
+    except Exception as error:  # of the disk, the network or the hub
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"HellaSwag data {data or 'Rowan/hellaswag'} cannot be read ({reason}): pass its file "
+                        f"hellaswag_val.jsonl with --data (in training --hellaswag_data)") from None
+    return (json.loads(line) for line in lines if line.strip())
+
+
+def pack_example(index: int, example: Example, tokenizer: Tokenizer, config: GPTConfig) -> list[torch.Tensor]:
+    """Return the example's rows: one for all four endings or, if an ending does not fit into block_size, one for each.
+
+    Each row is (T, 4) int64: input token, position, segment id, target token. The segment id is 0 in the context and
+    1 + 4 * index + i where ending i is predicted, from the context's last token on, which every ending repeats. Texts
+    that do not fit lose their beginning. Raises UserError for tokens outside the model's vocabulary.
+    """
     context = tokenizer.encode(example.context)
     endings = [tokenizer.encode(" " + ending) for ending in example.endings]
     if (largest := max(map(max, [context, *endings]))) >= config.vocab_size:
-        raise UserError(f"HellaSwag's text has token {largest}: the model knows {config.vocab_size} tokens")
-    if all(len(context) + len(ending) - 1 <= block_size for ending in endings):
-        return [Row(index, context, endings)]
-    rows = []
-    for ending in endings:
-        tokens = (context + ending)[-block_size - 1:]
-        scored = min(len(ending), len(tokens) - 1)
-        rows.append(Row(index, tokens[:-scored], [tokens[-scored:]]))
-    return rows
+        raise UserError(f"HellaSwag's text has token id {largest}, but the model knows {config.vocab_size} tokens: use "
+                        f"a model with the whole vocabulary of its tokenizer")
+    fits = len(context) + max(map(len, endings)) - 1 <= config.block_size
+    rows: list[list[tuple]] = []
+    for i, ending in enumerate(endings):
+        tokens = (context + ending)[-config.block_size - 1:]
+        begin = max(len(tokens) - 1 - len(ending), 0)  # the first position that predicts a token of the ending
+        if i == 0 or not fits:
+            rows.append([(tokens[t], t, 0, 0) for t in range(begin)])
+        rows[-1] += [(tokens[t], t, 1 + 4 * index + i, tokens[t + 1]) for t in range(begin, len(tokens) - 1)]
+    return [torch.tensor(row) for row in rows]
 
 
-def token_nlls(model: GPT, rows: list[Row]) -> list[torch.Tensor]:
-    """The negative log-likelihood, in nats, of each token of each ending: a 1-D tensor for each, by row and ending.
-
-    rows: a batch, padded here to the longest.
-    """
-    B, T = len(rows), max(row.length for row in rows)
-    idx, positions, part = (torch.zeros(B, T, dtype=torch.int64) for _ in range(3))  # part 0: context, 1 …: endings
-    sources, targets = [], []  # where in (B * T) a token is predicted, and which
-    for b, row in enumerate(rows):
-        start = len(row.context)
-        idx[b, :start], positions[b, :start] = torch.tensor(row.context), torch.arange(start)
-        for j, ending in enumerate(row.endings, start=1):
-            stop = start + len(ending) - 1
-            idx[b, start:stop] = torch.tensor(ending[:-1])
-            positions[b, start:stop] = len(row.context) + torch.arange(stop - start)
-            part[b, start:stop] = j
-            sources += [b * T + len(row.context) - 1, *range(b * T + start, b * T + stop)]
-            targets += ending
-            start = stop
-    device = model.wte.weight.device
-    part = part.to(device)
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    mask = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, T, T): query, key
-    x = model.hidden_states(idx.to(device), positions.to(device), mask[:, None])  # (B, T, C)
-    x = x.flatten(0, 1)[torch.tensor(sources, device=device)]  # (number of tokens to predict, C)
-    losses = token_losses(x, model.wte.weight, torch.tensor(targets, device=device)).cpu()
-    return list(losses.split([len(ending) for row in rows for ending in row.endings]))
+def token_nlls(model: GPT, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the NLL in nats of each ending's tokens in a batch of packed rows, and their segment ids; both (N,)."""
+    batch = pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
+    idx, positions, segment_ids, targets = batch.unbind(2)  # each (B, T); padding has segment id 0
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    mask = ((key == 0) | (key == query)).tril()  # (B, T, T)
+    x = model.hidden_states(idx, positions, mask[:, None])  # (B, T, C)
+    is_ending = segment_ids > 0
+    nlls = token_losses(x[is_ending], model.wte.weight, targets[is_ending])
+    return nlls.cpu(), segment_ids[is_ending].cpu()
 
 
 @torch.no_grad()
-def score(model: GPT, groups: list[list[Row]], batch_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields, longest first, each example's index with its scores (2, endings): the summed and the mean negative
-    log-likelihoods. groups: the rows of each example; batch_tokens: positions in a batch, padding included."""
-    groups = sorted(groups, key=lambda rows: max(row.length for row in rows))
-    while groups:
-        width = max(row.length for row in groups[-1])
-        batch: list[Row] = []
-        while groups and (not batch or (len(batch) + len(groups[-1])) * width <= batch_tokens):
-            batch += groups.pop()
-        endings: dict[int, list[torch.Tensor]] = {}
-        nlls = iter(token_nlls(model, batch))
-        for row in batch:
-            endings.setdefault(row.example, []).extend(next(nlls) for _ in row.endings)
-        for index, tokens in endings.items():
-            yield index, torch.stack([torch.stack([nll.sum(), nll.mean()]) for nll in tokens], dim=1)
+def score_endings(model: GPT, tokenizer: Tokenizer, examples: list[Example],
+                  batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield after each batch the summed NLL of each ending's tokens, in nats, and their number; both (examples, 4).
 
-
-def predict(model: GPT, tokenizer: Tokenizer, examples: list[Example], batch_tokens: int, dtype: torch.dtype,
-            report: Callable[[int, torch.Tensor], None] = lambda *_: None) -> torch.Tensor:
-    """Return each example's ending with the smallest sum and its ending with the smallest mean: (examples, 2), int64.
-
-    dtype: of autocast. `report` is called with an example's index and its scores.
+    Endings that are still to come have 0 tokens. batch_tokens: positions per batch, padding included.
     """
-    groups = [make_rows(i, example, tokenizer, model.config) for i, example in enumerate(examples)]
-    choices = torch.empty(len(examples), 2, dtype=torch.int64)
-    with torch.autocast(model.wte.weight.device.type, dtype, enabled=dtype != torch.float32):
-        for index, scores in score(model, groups, batch_tokens):
-            choices[index] = scores.argmin(1)
-            report(index, scores)
-    return choices
+    rows = [row for i, example in enumerate(examples) for row in pack_example(i, example, tokenizer, model.config)]
+    rows.sort(key=len, reverse=True)
+    sums, counts = torch.zeros(2, 1 + 4 * len(examples))  # by segment id
+    while rows:
+        batch_size = max(batch_tokens // len(rows[0]), 1)
+        nlls, segment_ids = token_nlls(model, rows[:batch_size])
+        sums.index_add_(0, segment_ids, nlls)
+        counts += segment_ids.bincount(minlength=len(counts))
+        yield sums[1:].view(-1, 4), counts[1:].view(-1, 4)
+        del rows[:batch_size]
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[Example], dist: Distributed, dtype: torch.dtype,
-             batch_tokens: int = 0, show_bar: bool = False, stopped: Callable[[], bool] = lambda: False) -> dict | None:
-    """`acc` and `acc_norm` over the `examples`, which ranks share, with standard errors sqrt(p (1 - p) / (n - 1)).
+def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example],
+                       autocast: contextlib.AbstractContextManager, dist: Distributed, batch_tokens: int,
+                       show_bar: bool = False, stopped: Callable[[], bool] = lambda: False) -> dict | None:
+    """Return `acc` and `acc_norm` over the `examples`, split across ranks, with standard errors of a proportion.
 
-    dtype: of autocast. batch_tokens: positions in a batch; 0: by the device. Use the uncompiled model. Return None if
-    `stopped`, called after each example, is true on any rank.
+    Return None if `stopped`, called after each batch, is true on any rank. Call it with the uncompiled model.
     """
     was_training = model.training
     model.eval()
-    mine = examples[dist.rank::dist.world_size]
-    labels, choices = torch.tensor([example.label for example in mine]), torch.full((len(mine), 2), -1)
-    no_bar = None if show_bar and dist.is_master else True  # None: where standard error is a terminal
-    with (tqdm(total=len(mine), unit="example", disable=no_bar, dynamic_ncols=True, leave=None) as bar,
-          contextlib.suppress(Interrupted)):
-        def report(index: int, scores: torch.Tensor) -> None:
-            bar.update()
-            choices[index] = scores.argmin(1)
-            accuracies = (choices == labels[:, None]).sum(0) / (choices[:, 0] >= 0).sum()
-            bar.set_postfix_str("acc {:.4f}, acc_norm {:.4f}".format(*accuracies.tolist()), refresh=False)
+    local_examples = examples[dist.rank::dist.world_size]
+    labels = torch.tensor([example.label for example in local_examples])
+    correct = torch.zeros(2, dtype=torch.int64)
+    no_bar = None if show_bar and dist.is_master else True  # None: only if standard error is no terminal
+    with autocast, tqdm(total=len(labels), unit="example", disable=no_bar, dynamic_ncols=True, leave=None) as bar:
+        for sums, counts in score_endings(model, tokenizer, local_examples, batch_tokens):
+            is_scored = (counts > 0).all(1)
+            choices = torch.stack([sums, sums / counts]).argmin(2)  # (2, examples)
+            correct = (is_scored & (choices == labels)).sum(1)
+            acc, acc_norm = (correct / is_scored.sum()).tolist()
+            bar.set_postfix_str(f"acc {acc:.4f}, acc_norm {acc_norm:.4f}", refresh=False)
+            bar.update(int(is_scored.sum()) - bar.n)
             if stopped():
-                raise Interrupted
-
-        if mine:
-            predict(model, tokenizer, mine, batch_tokens or BATCH_TOKENS.get(dist.device.type, 8192), dtype, report)
+                break
     model.train(was_training)
-    right = (choices == labels[:, None]).sum(0).tolist()
-    counts = dist.gather(torch.tensor([*right, len(mine), stopped()], dtype=torch.float32))
-    right_sum, right_mean, n, stops = (round(sum(column)) for column in zip(*counts, strict=True))
-    if stops:
+    gathered = dist.gather(torch.tensor([*correct.tolist(), len(labels), stopped()]))
+    n_acc, n_acc_norm, n, n_stopped = map(sum, zip(*gathered, strict=True))
+    if n_stopped:
         return None
     result: dict = {"examples": n}
-    for name, p in (("acc", right_sum / n), ("acc_norm", right_mean / n)):
+    for name, p in (("acc", n_acc / n), ("acc_norm", n_acc_norm / n)):
         result |= {name: p, f"{name}_stderr": math.sqrt(p * (1 - p) / max(n - 1, 1))}
     return result

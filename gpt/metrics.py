@@ -173,7 +173,7 @@ class RunLog:
                    + "".join(f" | bits per byte: {bits:.4f}" for bits in bpb_field.values()))
 
     def hellaswag(self, *, step: int, **result: float) -> None:
-        """Log the result of `gpt.hellaswag.evaluate` for the model after `step` updates."""
+        """Log the result of `gpt.hellaswag.evaluate_hellaswag` for the model after `step` updates."""
         self._append({"step": step, "split": "hellaswag", **result})
         self.print(f"hellaswag acc {result['acc']:.4f} | step: {step} | acc_norm: {result['acc_norm']:.4f} | "
                    f"examples: {result['examples']}")

@@ -160,7 +160,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
-        """Return a model with GPT-2 weights in Hugging Face's format, see `gpt.pretrained.load`.
+        """Return a model with GPT-2 weights in Hugging Face's format, see `gpt.pretrained.load_pretrained`.
 
         name_or_path: "gpt2", "gpt2-xl", another name on the hub, or a local folder. In evaluation mode, without
         dropout; `overrides`: see `from_checkpoint`. Raises `gpt.errors.UserError` if the weights cannot be downloaded,
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         """
         from gpt import pretrained  # a file format builds on the model, not the other way round
 
-        return cls.from_checkpoint(pretrained.load(name_or_path), **overrides).eval()
+        return cls.from_checkpoint(pretrained.load_pretrained(name_or_path), **overrides).eval()
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, vocab_size) for token ids `idx` (B, T), or with `targets` (B, T) the loss, a scalar."""

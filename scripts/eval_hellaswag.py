@@ -8,10 +8,13 @@ from pathlib import Path
 if not __package__:  # run as `torchrun scripts/eval_hellaswag.py`: imports start at the repository's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from gpt import distributed, hellaswag
+import torch
+
 from gpt.device import DTYPES, Precision, select_precision
+from gpt.distributed import init_distributed
 from gpt.errors import UserError
 from gpt.files import atomic_write
+from gpt.hellaswag import BATCH_TOKENS, evaluate_hellaswag, load_examples
 from scripts import cli
 
 
@@ -26,23 +29,25 @@ class HellaSwagConfig(cli.CheckpointConfig):
 
 
 def main(config: HellaSwagConfig) -> None:
-    """Score the examples, shared out over the processes, print the accuracies and write log_dir/hellaswag.json."""
+    """Evaluate on all ranks, print the accuracies and write them to log_dir/hellaswag.json."""
     if config.limit < 0:
         raise UserError(f"limit is {config.limit}: it must be 0 (all) or more")
-    with distributed.init_distributed(config.device, rank_timeout=3600) as dist:
-        examples = hellaswag.load_examples(config.data, config.limit)
+    with init_distributed(config.device, rank_timeout=3600) as dist:
+        examples = load_examples(config.data, config.limit)
         source, model, tokenizer = cli.load_model(config, dist.device)
         path = Path(config.log_dir) / "hellaswag.json"
-        path.parent.mkdir(parents=True, exist_ok=True)  # it fails now, or not at all
+        path.parent.mkdir(parents=True, exist_ok=True)  # if this fails, then before the evaluation
         precision = select_precision(config.precision, dist.device)
-        result = hellaswag.evaluate(model, tokenizer, examples, dist, DTYPES[precision], show_bar=True)
+        autocast = torch.autocast(dist.device.type, DTYPES[precision], enabled=precision != "float32")
+        result = evaluate_hellaswag(model, tokenizer, examples, autocast, dist, BATCH_TOKENS[dist.device.type],
+                                    show_bar=True)
         if dist.is_master and result:
             print(f"{result['examples']} examples | acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
                   f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {precision} | {path}")
-            about = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation",
-                     "precision": precision}
+            metadata = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation",
+                        "precision": precision}
             with atomic_write(path) as file:
-                file.write(json.dumps(about | result, indent=2).encode() + b"\n")
+                file.write(json.dumps(metadata | result, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":

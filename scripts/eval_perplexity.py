@@ -31,44 +31,39 @@ def main(config: PerplexityConfig) -> None:
     _, model, tokenizer = cli.load_model(config, device)
     T = model.config.block_size
     stride = config.stride or T // 2
-    if T < 2:
-        raise UserError("the model has a context of one token: nothing follows another in it")
     if not 1 <= stride <= T or config.batch_size < 1:
-        raise UserError(f"stride is {config.stride} and batch_size is {config.batch_size}: expected a stride of at "
-                        f"most the model's context, {T} tokens, and a batch_size of 1 or more")
-    pieces = [piece for piece in read_tokens(Path(config.data), tokenizer) if len(piece) > 1]
-    if not pieces:
+        raise UserError(f"stride is {stride} and batch_size is {config.batch_size}: expected a stride of at most the "
+                        f"model's context, {T} tokens, and a batch_size of 1 or more")
+    shards = [tokens for tokens in read_tokens(Path(config.data), tokenizer) if len(tokens) > 1]
+    if not shards:
         raise UserError(f"data {config.data!r} has fewer than two tokens: there is nothing to predict")
     token_lengths = tokenizer.token_lengths(model.config.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0, 0
-    with tqdm(total=sum(len(piece) - 1 for piece in pieces), unit="token", unit_scale=True, disable=None) as bar:
-        for piece in pieces:
-            for losses, targets in sliding_window_losses(model, piece, stride, config.batch_size):
+    with tqdm(total=sum(map(len, shards)), unit="token", unit_scale=True, disable=None) as bar:
+        for tokens in shards:
+            for losses, targets in sliding_window_losses(model, tokens, stride, config.batch_size):
                 nats += losses.sum()
                 n_tokens += len(targets)
                 n_bytes += token_lengths[targets].sum()
                 bar.update(len(targets))
-                bar.set_postfix_str(f"perplexity {math.exp(min(nats / n_tokens, 700)):.2f}", refresh=False)
-    loss = nats / n_tokens
-    bits_per_byte = nats / math.log(2) / max(n_bytes, 1)
+    loss, bits_per_byte = nats / n_tokens, nats / math.log(2) / max(n_bytes, 1)
     print(f"{n_tokens:,} tokens, {n_bytes:,} bytes | {loss:.4f} nats per token | perplexity "
           f"{math.exp(min(loss, 700)):.4f} | {bits_per_byte:.4f} bits per byte | stride {stride}")
 
 
 def read_tokens(data: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The token ids of a text file, or of each val shard in a folder. Raises UserError if they cannot be read."""
+    """Return the token ids of a text file, or of each val shard in a folder. Raises UserError if there are none."""
     if data.is_dir():
         data_tokenizer = read_tokenizer(data, read_meta(data))
         if data_tokenizer and data_tokenizer.name != tokenizer.name:
-            raise UserError(f"data {str(data)!r} was made with the tokenizer {data_tokenizer.name}, the model's is "
-                            f"{tokenizer.name}")
+            raise UserError(f"data {str(data)!r} has the tokenizer {data_tokenizer.name}, the model has "
+                            f"{tokenizer.name}: prepare the data with the tokenizer of the model")
         return [open_shard(path) for path in find_shards(data, "val")]
     try:
-        text = data.read_bytes().decode()
+        return [np.array(tokenizer.encode(data.read_bytes().decode()), dtype=np.int64)]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data {str(data)!r} cannot be read ({error}): expected a text file in UTF-8, or a folder with "
                         f"val_*.npy") from None
-    return [np.array(tokenizer.encode(text), dtype=np.int64)]
 
 
 if __name__ == "__main__":

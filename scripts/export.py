@@ -7,10 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from gpt import pretrained
 from gpt.errors import UserError
 from gpt.files import read_metrics
-from gpt.shards import read_meta
+from gpt.pretrained import save_pretrained
 from scripts import cli
 
 
@@ -25,50 +24,40 @@ def main(config: ExportConfig) -> None:
     """Write config.json, generation_config.json, model.safetensors, the tokenizer and a model card: all or nothing."""
     out = Path(config.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out {config.out!r} is there already and is not empty: pass another folder, or delete it")
+        raise UserError(f"out {config.out!r} is there already: pass a new or an empty folder")
     source, checkpoint = cli.find_checkpoint(config)
     card = model_card(Path(source), checkpoint)
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+    tmp_dir = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(tmp_dir, ignore_errors=True)  # of an export that was killed
     try:
-        aside.mkdir(parents=True)
-        pretrained.save(checkpoint, aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        os.replace(aside, out)
+        tmp_dir.mkdir(parents=True)
+        save_pretrained(checkpoint, tmp_dir)
+        (tmp_dir / "README.md").write_text(card, encoding="utf-8")
+        os.replace(tmp_dir, out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
     if not checkpoint.get("tokenizer"):
-        print("it was trained on token ids of no known tokenizer: the folder has no tokenizer either")
+        print("the model was trained on raw token ids: the folder has no tokenizer")
     print(f"wrote {config.out}: transformers.AutoModelForCausalLM.from_pretrained({config.out!r}) loads it")
 
 
 def model_card(source: Path, checkpoint: dict) -> str:
-    """What is known of a checkpoint, as the README.md of its folder: data, tokens, losses and the run's settings."""
-    shape, step, settings = checkpoint["config"], checkpoint["step"], checkpoint.get("train_config") or {}
-    parameters = sum(tensor.numel() for tensor in checkpoint["model"].values())
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
-             f"# {source.stem if source.suffix == '.pt' else source.name}", "",
-             f"A GPT-2 of {parameters:,} parameters: {shape['n_layer']} layers, {shape['n_head']} heads, width "
-             f"{shape['n_embd']}, context {shape['block_size']} tokens, vocabulary {shape['vocab_size']:,}.", ""]
-    if {"data_root", "total_batch_size", "init_from"} <= settings.keys():
-        try:
-            data = read_meta(settings["data_root"]).get("source")
-        except (UserError, OSError):  # the data may be gone by now
-            data = None
-        lines += [f"Trained on `{settings['data_root']}`{f' ({data})' if data else ''} for {step:,} steps of "
-                  f"{settings['total_batch_size']:,} tokens, {step * settings['total_batch_size']:,} in all, starting "
-                  f"from {settings['init_from']}.", "", "| loss | nats per token |", "|---|---|"]
-        records = read_metrics(source.with_name("metrics.jsonl"))  # train's are of the update before, evaluations after
-        results = {record["split"]: record for record in records
-                   if record["step"] == step - (record["split"] == "train")}
-        for split, name in (("train", "training, last step"), ("val", "validation")):
-            if split in results:
-                lines += [f"| {name} | {results[split]['loss']:.4f} |"]
-        if accuracy := results.get("hellaswag"):
-            lines += ["", f"HellaSwag, {accuracy['examples']} examples: acc {accuracy['acc']:.4f}, acc_norm "
-                          f"{accuracy['acc_norm']:.4f}"]
-        lines += ["", "Settings of the run:", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```"]
-    return "\n".join(lines) + "\n"
+    """Return a README.md for the checkpoint from the file `source`: data, tokens, losses and settings of its run."""
+    model, step = checkpoint["config"], checkpoint["step"]
+    n_params = sum(tensor.numel() for tensor in checkpoint["model"].values())
+    paragraphs = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---", f"# {source.stem}",
+        f"A GPT-2 with {n_params:,} parameters: {model['n_layer']} layers, {model['n_head']} heads, n_embd "
+        f"{model['n_embd']}, context {model['block_size']} tokens, vocabulary {model['vocab_size']:,}."]
+    if settings := checkpoint.get("train_config"):
+        tokens = step * settings["total_batch_size"]
+        paragraphs.append(f"Trained on `{settings['data_root']}` for {step:,} steps ({tokens:,} tokens), starting from "
+                          f"{settings['init_from']}.")
+        for record in read_metrics(source.with_name("metrics.jsonl")):
+            if record["split"] == "val" and record["step"] == step:
+                paragraphs.append(f"Validation loss: {record['loss']:.4f} nats per token.")
+        paragraphs.append(f"Settings:\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False).strip()}\n```")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 if __name__ == "__main__":

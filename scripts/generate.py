@@ -37,12 +37,12 @@ class GenerateConfig(cli.CheckpointConfig):
 
 def main(config: GenerateConfig) -> None:
     """Load a checkpoint and continue the prompt; the checkpoint and the dtype are printed on standard error."""
-    check(config)
-    device = select_device(config.device)
-    is_bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and select_precision("auto", device) == "bf16"
-    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-    _, model, tokenizer = cli.load_model(config, device, note=f", {str(dtype).removeprefix('torch.')}")
-    prepare_for_generation(model, dtype)
+    check_config(config)
+    device, dtype = select_device(config.device), config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if select_precision("auto", device) == "bf16" else "float32"
+    _, model, tokenizer = cli.load_model(config, device, note=f", {dtype}")
+    prepare_for_generation(model, getattr(torch, dtype))
     # None for "not given" would not do: on a command line tyro reads the text `None` as None
     is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
     (run_interactive if is_interactive else print_samples)(config, model, tokenizer)
@@ -53,7 +53,7 @@ def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) ->
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401  # gives input() line editing and history
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # an invalid byte must not end the session
-    print("type a prompt, or Enter for none; Ctrl-C stops a text, Ctrl-D leaves", file=sys.stderr)
+    print("type a prompt, or Enter for none; Ctrl-C stops a text, Ctrl-D exits", file=sys.stderr)
     seed = config.seed
     while True:
         try:
@@ -71,25 +71,19 @@ def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) ->
 
 def print_samples(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
     """Print `num_samples` continuations of the prompt; the first one is streamed."""
-    texts: list[list[str]] = [[] for _ in range(config.num_samples)]
+    texts = [""] * config.num_samples
     for pieces in stream_text(model, tokenizer, [config.prompt] * config.num_samples, config.max_new_tokens,
                               temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed):
         print(pieces[0], end="", flush=True)
-        for text, piece in zip(texts, pieces, strict=True):
-            text.append(piece)
-    print()
-    for text in texts[1:]:
-        print(f"---\n{''.join(text)}")
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    print("".join(f"\n---\n{text}" for text in texts[1:]))
 
 
-def check(config: GenerateConfig) -> None:
+def check_config(config: GenerateConfig) -> None:
     """Raise UserError for an invalid setting."""
-    for name in ("temperature", "top_k", "seed"):
-        if not 0 <= getattr(config, name) < 2**63:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be 0 or more, and below 2^63")
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be 1 or more")
+    for name, least in (("temperature", 0), ("top_k", 0), ("seed", 0), ("max_new_tokens", 1), ("num_samples", 1)):
+        if not least <= getattr(config, name) < 2**63:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be {least} or more, and below 2^63")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p is {config.top_p}: it must be above 0 and at most 1")
     if not config.prompt:

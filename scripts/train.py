@@ -149,9 +149,9 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
                                           temperature=0.8, top_k=200, seed=config.seed)
                 log.samples(step=step, texts=texts)
             if tokenizer and is_due(config.hellaswag_every, step, finished) and not log.has("hellaswag", step):
-                result = hellaswag.evaluate(model, tokenizer, examples, dist, dtype,
-                                            batch_tokens=config.micro_batch_size * int(config.seq_len),
-                                            show_bar=log.bar is not None, stopped=lambda: stop.signum > 0)
+                result = hellaswag.evaluate_hellaswag(
+                    model, tokenizer, examples, autocast, dist, config.micro_batch_size * int(config.seq_len),
+                    show_bar=log.bar is not None, stopped=lambda: stop.signum > 0)
                 if result is None:  # a signal on any rank
                     stopping = True
                     continue

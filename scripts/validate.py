@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from gpt import checkpoint, pretrained
+from gpt.checkpoint import load_checkpoint
 from gpt.errors import UserError
 from gpt.generation import generate
 from gpt.model import GPT
+from gpt.pretrained import resolve_model_dir, save_pretrained
 from gpt.tokenizer import Tokenizer
 from scripts import cli
 
@@ -27,53 +28,48 @@ class ValidateConfig:
 
 
 def main(config: ValidateConfig) -> int:
-    """Print the comparison; returns 0 if the models agree, else 1."""
+    """Print next tokens, greedy continuations and logit difference; return 0 if the models agree, else 1."""
     if config.max_new_tokens < 1 or config.top < 1:
         raise UserError(f"max_new_tokens is {config.max_new_tokens} and top is {config.top}: both must be 1 or more")
-    content = checkpoint.load_checkpoint(config.model)
-    ours = GPT.from_checkpoint(content).eval()
-    tokenizer = Tokenizer(content.get("tokenizer") or "gpt2")
+    checkpoint = load_checkpoint(config.model)
+    model, tokenizer = GPT.from_checkpoint(checkpoint).eval(), Tokenizer(checkpoint.get("tokenizer") or "gpt2")
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
     prompt = tokenizer.encode(config.prompt, allow_special=True)
-    room = ours.config.block_size - len(prompt)
-    if not prompt or room < 1 or max(prompt) >= ours.config.vocab_size:
-        raise UserError(f"the prompt has {len(prompt)} tokens: it must have at least one and fewer than block_size "
-                        f"{ours.config.block_size}, with ids below vocab_size {ours.config.vocab_size}")
+    if not 0 < len(prompt) < block_size or max(prompt) >= vocab_size:
+        raise UserError(f"the prompt has {len(prompt)} tokens: pass 1 or more, fewer than block_size {block_size}, "
+                        f"with ids below vocab_size {vocab_size}")
     from transformers import GenerationConfig, GPT2LMHeadModel, logging  # seconds
 
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with tempfile.TemporaryDirectory() as tmp_dir:
+        folder = Path(tmp_dir)
         if Path(config.model).is_file():
-            pretrained.save(content, folder)
+            save_pretrained(checkpoint, folder)
         else:
-            folder = pretrained.find_folder(config.model)
-        theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs.generation_config = GenerationConfig()  # not what the folder has, such as a penalty for repetition
-
+            folder = resolve_model_dir(config.model)
+        hf_model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    hf_model.generation_config = GenerationConfig()  # plain greedy decoding, whatever the folder says
+    idx = torch.tensor([prompt])  # (1, T)
     with torch.no_grad():
-        idx = torch.tensor([prompt])
-        logits, reference = ours(idx)[0], theirs(idx).logits[0]  # each (T, vocab_size)
-    difference = (logits - reference).abs().max().item()
-    def text(tokens: list) -> str:
-        return tokenizer.decode(token for token in tokens if token < tokenizer.n_vocab)  # some vocabularies are padded
-
-    print(f"{config.model}: largest difference of {logits.numel():,} logits: {difference:.2e}")
-    print(f"\n{'here':<30} transformers")
-    tops = [each[-1].softmax(0).topk(min(config.top, ours.config.vocab_size)) for each in (logits, reference)]
-    for row in range(len(tops[0].values)):
-        cells = [f"{top.values[row].item():8.4%} {text([top.indices[row].item()])!r:<20}" for top in tops]
-        print(" ".join(cells).rstrip())
-
-    new_tokens = min(config.max_new_tokens, room)
-    stop = tokenizer.end_of_text
-    mine = [token for token, in generate(ours, [prompt], new_tokens, temperature=0, stop_token=stop)]
-    other = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=new_tokens,
-                            eos_token_id=stop, pad_token_id=stop)[0, len(prompt):].tolist()
-    print(f"\nhere:         {text(prompt + mine)!r}\ntransformers: {text(prompt + other)!r}\n")
-    agree = difference <= TOLERANCE and mine == other
-    print(f"they {'agree' if agree else 'DISAGREE'}: expected are logits that differ by at most {TOLERANCE:g}, and the "
-          f"same {new_tokens} greedy tokens")
+        our_logits, hf_logits = model(idx)[0], hf_model(idx).logits[0]  # (T, vocab_size)
+    n = min(config.max_new_tokens, block_size - len(prompt))
+    our_tokens = [token for token, in generate(model, [prompt], n, temperature=0)]
+    hf_tokens = hf_model.generate(idx, do_sample=False, max_new_tokens=n)[0, len(prompt):].tolist()
+    for name, logits, tokens in (("ours", our_logits, our_tokens), ("transformers", hf_logits, hf_tokens)):
+        print(f"{name}: {decode(tokenizer, prompt + tokens)!r}")
+        probs, top_tokens = logits[-1].softmax(0).topk(min(config.top, vocab_size))
+        for prob, token in zip(probs.tolist(), top_tokens.tolist(), strict=True):
+            print(f"{prob:10.4%} {decode(tokenizer, [token])!r}")
+    difference = (our_logits - hf_logits).abs().max().item()
+    agree = difference <= TOLERANCE and our_tokens == hf_tokens
+    print(f"largest difference of {our_logits.numel():,} logits: {difference:.2e}, expected at most {TOLERANCE:g}")
+    print(f"the models {'agree' if agree else 'DISAGREE'}")
     return 0 if agree else 1
+
+
+def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Return the text of token ids, without ids that only pad the model's vocabulary."""
+    return tokenizer.decode(token for token in tokens if token < tokenizer.n_vocab)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""gpt/hellaswag.py: the same predictions as the usual way, and the command."""
+"""gpt/hellaswag.py against the reference implementation, in training and as a command."""
 
 import base64
+import contextlib
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,142 +12,135 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import hellaswag
 from gpt.config import GPTConfig
 from gpt.distributed import Distributed
+from gpt.errors import UserError
+from gpt.hellaswag import Example, evaluate_hellaswag, load_examples, pack_example, score_endings
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
-from tests import plain_hellaswag
-from tests.conftest import TINY, Fork, assert_refused, metrics, run, run_ranks, start
-from tests.plain_hellaswag import make_examples
+from tests import reference_hellaswag
+from tests.conftest import TINY, Fork, assert_refused, metrics, run
+from tests.reference_hellaswag import make_examples
 
 DATA = Path(__file__).parent / "data" / "hellaswag.jsonl"  # our own examples in the original format
-
-
-# A tokenizer of single bytes: fast, and its sequences are four times as long.
+# A tokenizer of single bytes is fast, and its sequences are four times as long.
 BYTES = Tokenizer("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
 
 
-def model(block_size=1024, std=0.1):
+def make_model(block_size=1024, std=0.5):  # large enough that every key and position matters
     torch.manual_seed(0)
-    net = GPT(GPTConfig(block_size=block_size, vocab_size=257, n_layer=2, n_head=4, n_embd=48)).eval()
-    for parameter in net.parameters():
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=257, n_layer=2, n_head=4, n_embd=48, dropout=0.1)).eval()
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
-    return net
+    return model
 
 
-@pytest.mark.parametrize("block_size, rows", [(1024, {1}), (300, {1, 4}), (100, {1, 4}), (12, {4}), (1, {4})])
-def test_predictions_are_those_of_the_usual_way(block_size, rows):
-    """One ending at a time over full logits gives the same scores and choices, with contexts and endings cut too."""
-    net, examples = model(block_size), hellaswag.load_examples(str(DATA)) + make_examples(12)
-    expected = [plain_hellaswag.predict(net, BYTES, example) for example in examples]
-    groups = [hellaswag.make_rows(i, example, BYTES, net.config) for i, example in enumerate(examples)]
-    assert {len(group) for group in groups} == rows
-    for batch_tokens in (1, 3000, 100_000):
-        scores = dict(hellaswag.score(net, groups, batch_tokens))
-        for i, (_, _, sums, means) in enumerate(expected):
-            assert torch.allclose(scores[i], torch.stack([sums, means]), rtol=1e-5, atol=1e-4), (i, batch_tokens)
-        predictions = hellaswag.predict(net, BYTES, examples, batch_tokens, torch.float32)
-        assert predictions.tolist() == [list(choice[:2]) for choice in expected]
-        assert len(set(predictions.flatten().tolist())) > 1
+# One example fits into exactly 100 positions, another needs exactly 300.
+@pytest.mark.parametrize("block_size, rows", [(1024, {1}), (299, {1, 4}), (100, {1, 4}), (12, {4}), (1, {4})])
+@pytest.mark.parametrize("batch_tokens", [1, 4000])
+def test_scores_equal_the_reference(block_size, rows, batch_tokens):
+    """Packed rows give the losses and choices of one ending at a time, with contexts and endings cut too."""
+    model, examples = make_model(block_size), load_examples(str(DATA)) + make_examples(12)
+    assert {len(pack_example(0, example, BYTES, model.config)) for example in examples} == rows
+    *_, (sums, counts) = score_endings(model, BYTES, examples, batch_tokens)
+    scores, expected = torch.stack([sums, sums / counts]), reference_hellaswag.score_endings(model, BYTES, examples)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(scores.argmin(2), expected.argmin(2)) and len(expected.argmin(2).unique()) > 1
 
 
-def test_predict_runs_in_the_given_dtype():
-    """bfloat16 scores are near the float32 ones, and not the same."""
-    net, examples = model(std=0.02), make_examples(24)
-    scores = {dtype: {} for dtype in (torch.float32, torch.bfloat16)}
-    for dtype, found in scores.items():
-        hellaswag.predict(net, BYTES, examples, 8192, dtype, found.setdefault)
-    for i, exact in scores[torch.float32].items():
-        assert torch.allclose(scores[torch.bfloat16][i], exact, rtol=1e-2)
-        assert not torch.equal(scores[torch.bfloat16][i], exact)
+def test_scores_in_bfloat16_are_close():
+    """Autocast is in effect: the losses are near those in float32, and not the same."""
+    model, examples = make_model(std=0.02), make_examples(12)
+    with torch.autocast("cpu", torch.bfloat16):
+        *_, (sums, _) = score_endings(model, BYTES, examples, 4000)
+    expected = reference_hellaswag.score_endings(model, BYTES, examples)[0]
+    torch.testing.assert_close(sums, expected, rtol=1e-2, atol=0)
+    assert (sums != expected).any(1).all()
 
 
-def test_labels_are_only_used_to_count():
-    """Accuracy is the share of predictions that equal the labels; standard errors are those of a proportion."""
-    net, examples = model(), make_examples(30)
-    predictions = hellaswag.predict(net, BYTES, examples, 1000, torch.float32)
-    result = hellaswag.evaluate(net, BYTES, examples, Distributed(0, 1, torch.device("cpu")), torch.float32)
+def test_accuracy_and_standard_error():
+    """The fraction of the reference's choices that equal the labels, and the standard error of a proportion."""
+    model, examples = make_model(), make_examples(30)
     labels = torch.tensor([example.label for example in examples])
-    for name, column in (("acc", 0), ("acc_norm", 1)):
-        p = (predictions[:, column] == labels).double().mean().item()
-        assert result[name] == pytest.approx(p)
-        assert result[f"{name}_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 29))
-    assert result["examples"] == 30
+    choices = reference_hellaswag.score_endings(model, BYTES, examples).argmin(2)
+    acc, acc_norm = (choices == labels).double().mean(1).tolist()
+    model.train()  # must make no difference
+    result = evaluate_hellaswag(model, BYTES, examples, contextlib.nullcontext(),
+                                Distributed(0, 1, torch.device("cpu")), 4000)
+    assert result == pytest.approx({
+        "examples": 30, "acc": acc, "acc_stderr": math.sqrt(acc * (1 - acc) / 29),
+        "acc_norm": acc_norm, "acc_norm_stderr": math.sqrt(acc_norm * (1 - acc_norm) / 29)})
+    assert model.training
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_rank_without_examples_follows_the_other(stopped):
+    """Of a single example rank 1 of 2 scores none; if only rank 0 got a signal, rank 1 stops too."""
+    dist = Distributed(1, 2, torch.device("cpu"))
+    dist.gather = lambda values: [[1, 0, 1, stopped], values.tolist()]
+    result = evaluate_hellaswag(make_model(), BYTES, make_examples(1), contextlib.nullcontext(), dist, 4000)
+    accuracies = {"examples": 1, "acc": 1, "acc_stderr": 0, "acc_norm": 0, "acc_norm_stderr": 0}
+    assert result == (None if stopped else accuracies)
 
 
 @pytest.fixture(scope="module")
 def log_dir(data_root, tmp_path_factory):
-    """A short run that looks at HellaSwag at steps 2 and 4, and at the end."""
+    """A training run that SIGTERM ended in the middle of an evaluation, and that was resumed."""
     folder = tmp_path_factory.mktemp("run")
-    done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", folder, *TINY, "--max_steps", "5",
-               "--sample_every", "0", "--eval_every", "0", "--hellaswag_every", "2", "--hellaswag_data", DATA)
+    (folder / "many.jsonl").write_text(DATA.read_text() * 2000)  # takes more than a minute
+    args = ["-m", "scripts.train", "--data_root", data_root, "--log_dir", folder, *TINY, "--max_steps", "5",
+            "--sample_every", "0", "--eval_every", "2", "--hellaswag_every", "2", "--hellaswag_data"]
+    process = Fork(*args, folder / "many.jsonl")
+    while not (folder / "metrics.jsonl").exists() or not metrics(folder, "val"):  # the last line before HellaSwag
+        assert process.wait(0.1) is None
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert (folder / "model_00002.pt").exists() and not metrics(folder, "hellaswag")
+    done = run(*args, DATA)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hellaswag acc ") == 3 and "| examples: 8" in done.stdout
     return folder
 
 
-def test_training_looks_at_it(log_dir):
-    """The record in metrics.jsonl is what the command says of the same checkpoint."""
+@pytest.mark.parametrize("command", [
+    ["-m", "scripts.eval_hellaswag"], ["torchrun", "--standalone", "--nproc_per_node=2", "scripts/eval_hellaswag.py"]])
+def test_command_equals_training(log_dir, command):
+    """Training evaluates at its steps, the interrupted one too; the command gives the same, also on two ranks."""
     records = metrics(log_dir, "hellaswag")
-    assert sorted(records) == [2, 4, 5] and records[5]["examples"] == 8
-    done = run("-m", "scripts.eval_hellaswag", "--log_dir", log_dir, "--data", DATA, "--precision", "float32")
+    assert sorted(records) == [2, 4, 5]
+    done = run(*command, "--log_dir", log_dir, "--data", DATA, "--device", "cpu", "--precision", "float32")
     assert done.returncode == 0 and "8 examples | acc " in done.stdout, done.stderr
-    result = json.loads((log_dir / "hellaswag.json").read_text())
-    assert result["checkpoint"].endswith("model_00005.pt") and result["data"] == str(DATA)
-    assert {name: result[name] for name in ("acc", "acc_norm", "acc_stderr")} == {
-        name: records[5][name] for name in ("acc", "acc_norm", "acc_stderr")}
+    assert json.loads((log_dir / "hellaswag.json").read_text()) == {
+        "checkpoint": str(log_dir / "model_00005.pt"), "data": str(DATA), "precision": "float32",
+        **{name: value for name, value in records[5].items() if name not in ("step", "split")}}
+    (log_dir / "hellaswag.json").unlink()
 
 
-def test_ranks_share_the_examples(log_dir, tmp_path):
-    """Each example once, whatever the number of processes, also where a process has none."""
-    words = ["--data", DATA, "--device", "cpu", "--checkpoint", log_dir / "model_00005.pt", "--log_dir", tmp_path]
-
-    def result(done):
-        assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / "hellaswag.json").read_text())
-
-    one = result(run("-m", "scripts.eval_hellaswag", *words))
-    assert one["examples"] == 8
-    assert result(run("torchrun", "--standalone", "--nproc_per_node=2", "scripts/eval_hellaswag.py", *words)) == one
-    one = result(run("-m", "scripts.eval_hellaswag", *words, "--limit", "2"))
-    assert one["examples"] == 2
-    assert result(run_ranks(3, "-m", "scripts.eval_hellaswag", *words, "--limit", "2")[0]) == one
+def test_command_without_network_names_the_flag(tmp_path):
+    done = Fork("-m", "scripts.eval_hellaswag", HF_HUB_OFFLINE=1, HF_HOME=tmp_path).result()
+    assert_refused(done, "Rowan/hellaswag cannot be read", "hellaswag_val.jsonl", "--data")
 
 
-def test_a_signal_ends_it(data_root, tmp_path):
-    """In the middle of an evaluation that would take minutes: saved, and looked at again after the restart."""
-    (tmp_path / "many.jsonl").write_text(DATA.read_text() * 200)
-    words = ["-m", "scripts.train", "--data_root", data_root, *TINY, "--max_steps", "3", "--sample_every", "0",
-             "--eval_every", "2", "--hellaswag_every", "2", "--log_dir", tmp_path / "log"]
-    process = start(*words, "--hellaswag_data", tmp_path / "many.jsonl")
-    while "val loss" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode == 143 and time.monotonic() - began < 20
-    assert (tmp_path / "log" / "model_00002.pt").exists()
-    done = run(*words, "--hellaswag_data", DATA)
-    assert done.returncode == 0 and done.stdout.count("hellaswag acc") == 2, done.stdout + done.stderr
-    assert sorted(metrics(tmp_path / "log", "val")) == sorted(metrics(tmp_path / "log", "hellaswag")) == [2, 3]
-
-
-def test_examples_of_the_original_format(tmp_path):
-    """Text and label as the file has them, also where, as in the hub's copy, the label is text; limit: the first."""
-    examples = hellaswag.load_examples(str(DATA))
-    assert len(examples) == 8 and [e.label for e in examples] == [0, 2, 1, 0, 3, 1, 2, 3]
+def test_load_examples_reads_the_original_format(tmp_path):
+    """Also with labels as text, as the hub has them, a byte order mark, and a line separator within a text."""
+    examples = load_examples(str(DATA))
+    assert len(examples) == 8 and [example.label for example in examples] == [0, 2, 1, 0, 3, 1, 2, 3]
     assert examples[0].context == "A man turns a bicycle upside down on the lawn. he"
-    lines = DATA.read_text().replace('"label": 3', '"label": "3"')
-    (tmp_path / "text.jsonl").write_text("\ufeff" + lines + "\n\n")
-    assert hellaswag.load_examples(str(tmp_path / "text.jsonl")) == examples
-    (tmp_path / "line.jsonl").write_text('{"ctx": "a\u2028b", "endings": ["c", "d"], "label": 1}\n')
-    assert hellaswag.load_examples(str(tmp_path / "line.jsonl")) == [hellaswag.Example("a\u2028b", ["c", "d"], 1)]
-    assert hellaswag.load_examples(str(DATA), limit=3) == examples[:3]
+    assert load_examples(str(DATA), limit=3) == examples[:3]
+    (tmp_path / "one.jsonl").write_text('\ufeff{"ctx": "a\u2028", "endings": ["b", "c", "d", "e"], "label": "1"}\n\n')
+    assert load_examples(str(tmp_path / "one.jsonl")) == [Example("a\u2028", ["b", "c", "d", "e"], 1)]
 
 
-def test_without_a_network_it_says_what_to_pass(log_dir):
-    """One line, that names --data."""
-    done = Fork("-m", "scripts.eval_hellaswag", "--log_dir", log_dir, HF_HUB_OFFLINE=1, HF_HOME=log_dir).result()
-    assert_refused(done, "--data", "hellaswag_val.jsonl")
+@pytest.mark.parametrize("field, reason", [
+    ('"label": 4', "label 4"), ('"label": 1e999', "infinity"), ('"label": null', "NoneType"),
+    ('"endings": ["b"]', "1 endings"), ('"ctx": ""', "empty text"), ('"ctx": 5', "empty text"), ('"ctx"', "delimiter")])
+def test_load_examples_names_the_invalid_example(tmp_path, field, reason):
+    good = '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0'
+    (tmp_path / "bad.jsonl").write_text(f"{good}}}\n{good}, {field}}}\n")
+    with pytest.raises(UserError, match=rf"^example 2 of .*bad\.jsonl is invalid .*{reason}.*: expected a context"):
+        load_examples(str(tmp_path / "bad.jsonl"))
+
+
+def test_pack_example_rejects_tokens_beyond_the_vocabulary():
+    with pytest.raises(UserError, match="token id 100, but the model knows 100 tokens"):
+        pack_example(0, Example("a", ["d"] * 4, 0), BYTES, GPTConfig(vocab_size=100))

@@ -1,467 +1,260 @@
-"""gpt/pretrained.py: Hugging Face's GPT-2 weights in and out, against transformers itself."""
+"""GPT-2 in Hugging Face's format, against transformers: gpt/pretrained.py, scripts.export, scripts.validate."""
 
+import copy
 import hashlib
-import http.server
 import json
-import pickle
-import shutil
+import re
+import resource
 import subprocess
 import sys
-import threading
+from unittest import mock
 
+import huggingface_hub
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from safetensors.torch import load_file, save, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from gpt import checkpoint, pretrained
-from gpt.checkpoint import save_model
+from gpt.checkpoint import load_checkpoint, save_model
 from gpt.config import GPTConfig
 from gpt.errors import UserError
-from gpt.generation import generate
 from gpt.model import GPT
+from gpt.pretrained import find_tokenizer, load_pretrained, resolve_model_dir, save_pretrained
 from gpt.tokenizer import Tokenizer
-from scripts import validate
-from tests.conftest import ROOT, TEXT, Fork, assert_refused, metrics, random_gpt2, run, train
-
-
-def reference(folder):
-    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.mark.parametrize("n_layer, n_head, n_embd, n_positions, vocab_size", [
-    (1, 1, 4, 1, 11), (1, 1, 16, 8, 50), (2, 3, 24, 16, 97), (3, 5, 40, 33, 257), (2, 7, 56, 64, 1000),
-    (4, 2, 8, 128, 300), (1, 12, 96, 17, 65), (6, 1, 32, 20, 128), (2, 25, 100, 40, 512), (12, 3, 12, 10, 77),
-    (2, 8, 64, 256, 50257), (1, 4, 20, 1024, 129), (5, 9, 63, 31, 50304)])
-def test_logits_are_those_of_transformers(tmp_path, n_layer, n_head, n_embd, n_positions, vocab_size):
-    """1e-4 in float32 for odd head counts and sizes, every kind of length and batch."""
-    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=n_positions, vocab_size=vocab_size)
-    random_gpt2(tmp_path, **shape, initializer_range=0.3)
-    theirs, ours = reference(tmp_path), GPT.from_pretrained(str(tmp_path))
-    largest = 0.0
-    for B, T in {(1, 1), (3, max(1, n_positions // 2)), (2, max(1, n_positions - 1)), (1, n_positions)}:
-        idx = torch.randint(vocab_size, (B, T))
-        with torch.no_grad():
-            expected = theirs(idx).logits
-            assert expected.std() > 0.01
-            difference = (ours(idx) - expected).abs().max().item()
-            assert difference <= 1e-4, (B, T)
-        largest = max(largest, difference)
-    print(f"\n| {n_layer} | {n_head} | {n_embd} | {n_positions} | {vocab_size} | {largest:.1e} |")
-
-
-@pytest.mark.parametrize("kind", ["shards", "bin", "old bin", "sharded bin", "half", "bfloat16", "base model"])
-def test_every_kind_of_weight_file_is_read(gpt2_folder, tmp_path, kind):
-    """The same logits from safetensors in pieces, pickles of today and of 2019, half precision, other names."""
-    theirs = reference(gpt2_folder)
-    expected, idx = theirs, torch.randint(50257, (2, 48))
-    if kind == "shards":
-        theirs.save_pretrained(tmp_path, max_shard_size="2MB")
-        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    elif kind == "base model":
-        theirs.transformer.save_pretrained(tmp_path)
-    elif kind in ("half", "bfloat16"):
-        theirs.to(torch.float16 if kind == "half" else torch.bfloat16).save_pretrained(tmp_path)
-        expected = reference(tmp_path)
-    else:
-        shutil.copy(gpt2_folder / "config.json", tmp_path)
-        tensors = {name: tensor for name, tensor in theirs.state_dict().items()}
-        for i in range(2):  # OpenAI's files have the causal masks too
-            tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
-            tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-        if kind == "sharded bin":
-            names = list(tensors)
-            for number, mine in enumerate((names[::2], names[1::2])):
-                torch.save({name: tensors[name] for name in mine}, tmp_path / f"pytorch_model-{number}.bin")
-            index = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
-            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
-        else:
-            torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
-    with torch.no_grad():
-        assert (GPT.from_pretrained(tmp_path)(idx) - expected(idx).logits).abs().max() <= 1e-4
-
-
-def test_overrides(gpt2_folder, tmp_path):
-    """Dropout as asked; fewer positions keep the first ones; more cannot be made up."""
-    model = GPT.from_pretrained(gpt2_folder, dropout=0.5, block_size=7)
-    assert model.config.dropout == 0.5 and not model.training
-    idx = torch.randint(50257, (2, 7))
-    with torch.no_grad():
-        assert (model(idx) - reference(gpt2_folder)(idx).logits).abs().max() <= 1e-4
-    assert model.wpe.weight.untyped_storage().nbytes() == 7 * 24 * 4  # not a view of all 48
-    with pytest.raises(ValueError, match="does not make a model"):
-        GPT.from_pretrained(gpt2_folder, block_size=49)
-
-
-def test_the_tokens_are_openais():
-    """The vocabulary and merges that an export writes have the hashes of OpenAI's encoder.json and vocab.bpe."""
-    tokenizer = Tokenizer()
-    pairs = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in tokenizer.merges())
-    assert hashlib.sha256(pairs.encode()).hexdigest() == (
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
-    in_order = dict(sorted(tokenizer.vocab().items(), key=lambda item: item[1]))
-    assert hashlib.sha256(json.dumps(in_order).encode()).hexdigest() == (
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+from scripts import cli, export, validate
+from tests.conftest import ROOT, TEXT, random_gpt2, run
 
 
 @pytest.fixture(scope="module")
-def trained(data_root, tmp_path_factory):
-    """A run of two steps, and its export by the command."""
-    log_dir = tmp_path_factory.mktemp("trained")
-    train(data_root, log_dir, "--max_steps", "2", "--eval_every", "2", "--sample_every", "0")
-    done = run("-m", "scripts.export", "--log_dir", log_dir, "--out", log_dir / "hf")
-    assert done.returncode == 0, done.stderr
-    assert "model_00002.pt: step 2" in done.stderr
-    return log_dir
+def hf_model():
+    """A random GPT-2 of transformers that runs the same PyTorch kernels as ours: fused attention and GELU."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(
+        n_layer=2, n_head=3, n_embd=24, n_positions=48, vocab_size=97, initializer_range=0.3,
+        activation_function="gelu_pytorch_tanh", attn_implementation="sdpa")).eval()
 
 
-def test_an_export_comes_back_bit_by_bit(trained):
-    """Export, then from_pretrained: every weight and the whole shape."""
-    saved = checkpoint.load_checkpoint(trained / "model_00002.pt")
-    model = GPT.from_pretrained(trained / "hf")
-    assert vars(model.config) == saved["config"]
-    weights = model.state_dict()
-    assert weights.keys() == saved["model"].keys()
-    assert all(torch.equal(weights[name], saved["model"][name]) for name in weights)
+def assert_same_logits(model, hf_model, tolerance=0.0):
+    """Compare the logits of three sequences in float32; with tolerance 0 bit by bit."""
+    idx = torch.randint(model.config.vocab_size, (3, model.config.block_size))
+    with torch.no_grad():
+        logits, hf_logits = model(idx), hf_model(idx).logits
+    assert hf_logits.std() > 0.01
+    difference = (logits - hf_logits).abs().max().item()
+    print(f"\nlargest difference: {difference:.1e}")
+    assert difference <= tolerance
 
 
-def test_transformers_continues_an_export_as_we_do(trained):
-    """The same greedy tokens from `model.generate` and from our `generate`, to the end of the context."""
-    theirs, ours = reference(trained / "hf"), GPT.from_pretrained(trained / "hf")
-    prompt = Tokenizer().encode("Before we proceed any")
-    expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32 - len(prompt))[0].tolist()
-    ids = [token for token, in generate(ours, [prompt], 32 - len(prompt), temperature=0)]
-    assert prompt + ids == expected
-    assert theirs.config.n_ctx == theirs.config.n_positions == 32  # llama.cpp's converter reads n_ctx
-    assert theirs.generation_config.eos_token_id == 50256
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1, 11), (12, 3, 12, 10, 77), (1, 4, 20, 1024, 129), (5, 9, 63, 31, 50304)])
+def test_logits_match_transformers(tmp_path, sizes):
+    """By default it computes GPT-2's GELU in Python, with other rounding."""
+    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    random_gpt2(tmp_path, **dict(zip(names, sizes, strict=True)), initializer_range=0.3)
+    assert_same_logits(GPT.from_pretrained(tmp_path), GPT2LMHeadModel.from_pretrained(tmp_path), tolerance=1e-4)
 
 
-def test_the_exported_tokenizer_is_ours(trained):
-    """AutoTokenizer gives the same ids on a play and on strange text, special token and all, and the text back."""
-    theirs, ours = AutoTokenizer.from_pretrained(trained / "hf"), Tokenizer()
-    assert theirs.model_max_length == 32 and theirs.eos_token == "<|endoftext|>"
-
-    @settings(max_examples=200, deadline=None)
-    @given(st.text())
-    def same(text):
-        ids = ours.encode(text, allow_special=True)
-        assert theirs(text).input_ids == ids
-
-    same()
-    for text in (TEXT.read_text(), "A  b\n\n\t c'll 12<|endoftext|>émigré 東京 🙂 don't", " "):
-        ids = ours.encode(text, allow_special=True)
-        assert theirs(text).input_ids == ids
-        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+def old_weights(hf_model):
+    """The state dict as OpenAI's pickles have it, with causal masks."""
+    masks = {"bias": torch.ones(1, 1, 48, 48).tril(), "masked_bias": torch.tensor(-1e4)}
+    return hf_model.state_dict() | {f"transformer.h.{i}.attn.{name}": masks[name] for i in range(2) for name in masks}
 
 
-def test_the_model_card_says_where_it_comes_from(trained, data_root):
-    """Data, tokens, losses and settings, as the run's own log has them."""
-    card = (trained / "hf" / "README.md").read_text()
-    loss, val_loss = metrics(trained, "train")[1]["loss"], metrics(trained, "val")[2]["loss"]
-    for words in (str(data_root), "2 steps of 256 tokens, 512 in all", f"training, last step | {loss:.4f}",
-                  f"validation | {val_loss:.4f}", "max_lr: 0.01", "2 layers, 2 heads, width 16, context 32"):
-        assert words in card, words
-    assert {path.name for path in (trained / "hf").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "README.md"}
-
-
-def test_an_export_overwrites_nothing(trained):
-    """A folder with something in it is refused and stays as it is."""
-    before = {path.name: path.read_bytes() for path in (trained / "hf").iterdir()}
-    assert_refused(run("-m", "scripts.export", "--log_dir", trained, "--out", trained / "hf"), "is not empty")
-    assert {path.name: path.read_bytes() for path in (trained / "hf").iterdir()} == before
-
-
-def test_a_full_disk_leaves_no_half_export(trained, tmp_path):
-    """Whichever file it hits: one line, and no folder, not even a hidden one."""
-    for kilobytes in (100, 3600):  # of a file: the tokenizer does not fit, or everything does
-        limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$0" -m scripts.export "$@"', sys.executable,
-                   "--checkpoint", str(trained / "model_00002.pt"), "--out", str(tmp_path / "out")]
-        done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=100)
-        if kilobytes < 3600:
-            assert_refused(done, "File too large", "free disk space")
-            assert not list(tmp_path.iterdir())
-    assert done.returncode == 0 and (tmp_path / "out" / "config.json").exists(), done.stderr
-
-
-def test_weights_without_a_tokenizer(byte_data, tmp_path):
-    """Token ids of one's own: the export has no tokenizer, and says so; the weights come back."""
-    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=4))
-    save_model(tmp_path / "bytes.pt", model, step=1, val_loss=None, tokenizer=None, train_config={})
-    done = run("-m", "scripts.export", "--checkpoint", tmp_path / "bytes.pt", "--out", tmp_path / "deep" / "out")
-    assert done.returncode == 0 and "no known tokenizer" in done.stdout, done.stdout + done.stderr
-    assert not (tmp_path / "deep" / "out" / "tokenizer.json").exists()
-    back = checkpoint.load_checkpoint(tmp_path / "deep" / "out")
-    assert back["tokenizer"] is None and torch.equal(back["model"]["wte.weight"], model.wte.weight)
-    assert reference(tmp_path / "deep" / "out").config.eos_token_id is None
-
-
-def test_another_models_tokenizer_is_not_taken_for_gpt2s(gpt2_folder, trained, tmp_path):
-    """50,257 tokens alone do not make it GPT-2's vocabulary."""
-    folder = tmp_path / "model"
-    shutil.copytree(gpt2_folder, folder)
-    assert checkpoint.load_checkpoint(folder)["tokenizer"] == "gpt2"  # without any tokenizer the size has to do
-    words = Tokenizer().vocab()
-    (folder / "vocab.json").write_text(json.dumps(words))
-    assert checkpoint.load_checkpoint(folder)["tokenizer"] == "gpt2"
-    (folder / "vocab.json").write_text(json.dumps(dict(zip(words, reversed(words.values()), strict=True))))
-    assert checkpoint.load_checkpoint(folder)["tokenizer"] is None
-    assert_refused(run("-m", "scripts.generate", "--checkpoint", folder), "no known tokenizer")
-    (folder / "vocab.json").unlink()
-    shutil.copy(trained / "hf" / "tokenizer.json", folder)
-    assert checkpoint.load_checkpoint(folder)["tokenizer"] == "gpt2"
-
-
-def edit(name, value):
-    def change(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {name: value}))
-    return change
-
-
-def weights(change):
-    def apply(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return apply
-
-
-def cut(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def pickle_with_code(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-
-
-def pickled(content):
-    def change(folder):
-        (folder / "model.safetensors").unlink()
-        torch.save(content, folder / "pytorch_model.bin")
-    return change
-
-
-def index_outside(folder):
-    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../outside.safetensors"}}')
-
-
-class Evil:
-    """A pickle that runs code when it is loaded by a careless program."""
-
-    def __reduce__(self):
-        return print, ("code was run",)
-
-
-BAD = {
-    "another activation": (edit("activation_function", "relu"), "activation_function 'relu'"),
-    "exact GELU": (edit("activation_function", "gelu"), "activation_function 'gelu'"),
-    "attention scaled by layer": (edit("scale_attn_by_inverse_layer_idx", True), "inverse_layer_idx True"),
-    "unscaled attention": (edit("scale_attn_weights", False), "scale_attn_weights False"),
-    "another epsilon": (edit("layer_norm_epsilon", 1e-6), "layer_norm_epsilon 1e-06"),
-    "another width of the MLP": (edit("n_inner", 100), "n_inner 100"),
-    "an LM head of its own": (edit("tie_word_embeddings", False), "tie_word_embeddings False"),
-    "cross attention": (edit("add_cross_attention", True), "add_cross_attention True"),
-    "quantized": (edit("quantization_config", {"bits": 4}), "quantization_config"),
-    "another architecture": (edit("model_type", "llama"), "model_type 'llama'"),
-    "layers that are not there": (edit("n_layer", 10**9), "the weights have 2"),
-    "heads that do not divide": (edit("n_head", 5), "n_embd 24 is not divisible by n_head 5"),
-    "a size in words": (edit("n_embd", "many"), "n_embd 'many'"),
-    "another width": (edit("n_embd", 48), "size mismatch"),
-    "more positions": (edit("n_positions", 64), "size mismatch"),
-    "bidirectional attention": (edit("is_causal", False), "is_causal False"),
-    "other heads by another name": (edit("num_attention_heads", 5), "n_embd 24 is not divisible by n_head 5"),
-    "fewer positions than there are": (edit("n_positions", 32), "size mismatch"),
-    "a head that is not the embedding": (
-        weights(lambda t: t.update({"lm_head.weight": 2 * t["transformer.wte.weight"]})), "lm_head.weight"),
-    "a weight under two names": (weights(lambda t: t.update({"wpe.weight": t["transformer.wpe.weight"] + 1})), "twice"),
-    "deeper than JSON goes": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json"),
-    "a vocabulary deeper than JSON goes": (lambda f: (f / "vocab.json").write_text('{"a":' * 100_000), "vocab.json"),
-    "an index of a name too long": (lambda f: (
-        (f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "x" * 5000}}))), "not an index"),
-    "a number for a name": (pickled({5: torch.ones(2)}), "5 in"),
-    "a tensor without data": (pickled({"wte.weight": torch.empty(3, 4, device="meta")}), "wte.weight"),
-    "a sparse tensor": (pickled({"wte.weight": torch.eye(3).to_sparse()}), "wte.weight"),
-    "a tensor larger than its data": (pickled({"wte.weight": torch.ones(1).half().expand(10**13)}), "larger than"),
-    "a list of tensors": (pickled([torch.ones(2)]), "damaged"),
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
-    "a JSON list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-    "cut weights": (cut, "damaged"),
-    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
-    "a huge header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "damaged"),
-    "a missing weight": (weights(lambda t: t.pop("transformer.h.1.mlp.c_fc.bias")), "h.1.mlp.c_fc.bias"),
-    "a weight too many": (weights(lambda t: t.update(score=torch.ones(2))), "score"),
-    "not a number": (weights(lambda t: t["transformer.wpe.weight"].fill_(torch.nan)), "wpe.weight"),
-    "whole numbers": (weights(lambda t: t.update({"transformer.ln_f.bias": torch.ones(24, dtype=torch.int8)})), "ln_f"),
-    "matrices as nn.Linear has them": (
-        weights(lambda t: t.update({n: m.t().contiguous() for n, m in t.items() if n.endswith("c_attn.weight")})),
-        "size mismatch"),
-    "a pickle with code": (pickle_with_code, "damaged"),
-    "an index that leads outside": (index_outside, "which is not in that folder"),
-    "an index of nothing": (lambda f: ((f / "model.safetensors").unlink(),
-                                       (f / "model.safetensors.index.json").write_text("[]")), "not an index"),
-    "a vocabulary that is none": (lambda f: (f / "vocab.json").write_text("[1]"), "vocab.json"),
+SAVE = {
+    "safetensors": lambda model, folder: model.save_pretrained(folder),
+    "sharded safetensors": lambda model, folder: model.save_pretrained(folder, max_shard_size="40kB"),
+    "float16": lambda model, folder: model.half().save_pretrained(folder),
+    "bfloat16": lambda model, folder: model.bfloat16().save_pretrained(folder),
+    "no prefix": lambda model, folder: model.transformer.save_pretrained(folder),
+    "stored head": lambda model, folder: save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors"),
+    "pickle": lambda model, folder: torch.save(old_weights(model), folder / "pytorch_model.bin"),
+    "legacy pickle": lambda model, folder: torch.save(
+        old_weights(model), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "sharded pickle": lambda model, folder: huggingface_hub.save_torch_state_dict(
+        old_weights(model), folder, max_shard_size="40kB", safe_serialization=False),
 }
 
 
-def test_foreign_damaged_and_hostile_folders_are_refused_by_name(gpt2_folder, tmp_path, capsys):
-    """Each with one clear line; nothing of them is run, or taken for what it is not."""
-    for number, (case, (change, words)) in enumerate(BAD.items()):
-        folder = tmp_path / str(number)
-        shutil.copytree(gpt2_folder, folder)
-        change(folder)
-        try:
-            checkpoint.load_checkpoint(folder)
-        except UserError as refusal:
-            error = str(refusal)
-        else:
-            raise AssertionError(f"{case} is accepted")
-        assert words in error and "\n" not in error, (case, error)
-        shutil.rmtree(folder)
-    assert "code was run" not in capsys.readouterr().out
+@pytest.mark.parametrize("file_format", SAVE)
+def test_load_reads_every_file_format(hf_model, tmp_path, file_format):
+    """Bit by bit the logits of the model that was saved."""
+    hf_model = copy.deepcopy(hf_model)
+    hf_model.config.save_pretrained(tmp_path)
+    SAVE[file_format](hf_model, tmp_path)
+    assert ("sharded" in file_format) == (len(list(tmp_path.glob("*-of-*"))) > 1)
+    assert_same_logits(GPT.from_pretrained(tmp_path), hf_model.float())
 
 
-def test_names_that_transformers_also_knows(gpt2_folder, tmp_path):
-    """A shape in the words of other models, and a head that is stored although it is the embedding."""
-    config = json.loads((gpt2_folder / "config.json").read_text())
-    for ours, other in (("n_positions", "max_position_embeddings"), ("n_layer", "num_hidden_layers"),
-                        ("n_head", "num_attention_heads"), ("n_embd", "hidden_size")):
-        config[other] = config.pop(ours)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = load_file(gpt2_folder / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, tmp_path / "model.safetensors",
-              metadata={"format": "pt"})
-    assert checkpoint.load_checkpoint(tmp_path)["config"] == checkpoint.load_checkpoint(gpt2_folder)["config"]
-    with torch.no_grad():
-        idx = torch.randint(50257, (2, 48))
-        assert (GPT.from_pretrained(tmp_path)(idx) - reference(tmp_path)(idx).logits).abs().max() <= 1e-4
+def test_from_pretrained_applies_overrides(hf_model, tmp_path):
+    """Dropout as asked; a smaller block_size keeps the first positions."""
+    hf_model.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path, dropout=0.5, block_size=7)
+    assert model.config.dropout == 0.5 and not model.training
+    assert_same_logits(model, hf_model)
 
 
-def test_another_kind_of_tokenizer_is_unknown_not_an_error(gpt2_folder, tmp_path):
-    """A vocabulary with probabilities, say: the weights can be used all the same."""
-    shutil.copytree(gpt2_folder, tmp_path / "model")
-    for model in ({"type": "Unigram", "vocab": [["a", 0.0]]}, 3):
-        (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({"model": model}))
-        assert checkpoint.load_checkpoint(tmp_path / "model")["tokenizer"] is None
+@pytest.mark.parametrize("settings, tensors, message", [
+    ({"activation_function": "gelu"}, {}, "activation_function 'gelu'"),
+    ({"scale_attn_by_inverse_layer_idx": True}, {}, "scale_attn_by_inverse_layer_idx True"),
+    ({"layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon 1e-06"),
+    ({"tie_word_embeddings": False}, {}, "tie_word_embeddings False"),
+    ({"model_type": "llama"}, {}, "model_type 'llama'"),
+    ({"n_head": 5}, {}, "n_embd 24 is not divisible by n_head 5"),
+    ({"n_head": None}, {}, "'n_head': None"),
+    ({}, {"transformer.wpe.weight": torch.ones(40, 24)}, "size mismatch for wpe.weight"),
+    ({}, {"transformer.wpe.weight": torch.full((48, 24), torch.nan)}, "wpe.weight has infinite or NaN values"),
+    ({}, {"transformer.h.1.mlp.c_fc.bias": None}, 'Missing key(s) in state_dict: "h.1.mlp.c_fc.bias"'),
+    ({}, {"lm_head.weight": torch.ones(97, 24)}, "lm_head.weight"),
+])
+def test_load_refuses_other_models_by_name(hf_model, tmp_path, settings, tensors, message):
+    hf_model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(hf_model.config.to_dict() | settings))
+    tensors = load_file(tmp_path / "model.safetensors") | tensors
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"^.*{re.escape(message)}.*$"):
+        load_checkpoint(tmp_path)
 
 
-@pytest.fixture
-def hub(gpt2_folder):
-    """A web server with what a download asks of the hub: its address. me/empty has no files, me/secret is gated."""
-    files = {path.name: path.read_bytes() for path in gpt2_folder.iterdir()}
-    revision = "0" * 40
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
-            path = self.path.split("?")[0]
-            if path.startswith("/api/models/me/empty"):
-                about = {"id": "me/empty", "sha": revision, "siblings": []}
-                self.answer(200, b"[]" if "/tree/" in path else json.dumps(about).encode())
-            elif path.startswith("/api/models/me/tiny/tree"):
-                listing = [{"type": "file", "path": name, "size": len(content), "oid": revision}
-                           for name, content in files.items()]
-                self.answer(200, json.dumps(listing).encode())
-            elif path.startswith("/api/models/me/tiny"):
-                about = {"id": "me/tiny", "sha": revision, "siblings": [{"rfilename": name} for name in files]}
-                self.answer(200, json.dumps(about).encode())
-            elif path.startswith("/me/tiny") and (name := path.rsplit("/", 1)[-1]) in files:
-                self.answer(200, files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"', X_Repo_Commit=revision)
-            else:
-                gated = "me/secret" in path
-                self.answer(403 if gated else 404, b"{}", X_Error_Code="GatedRepo" if gated else "RepoNotFound")
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def answer(self, code, body, **headers):
-            self.send_response(code)
-            for name, value in ({"Content-Type": "application/json", "Content-Length": len(body)} | headers).items():
-                self.send_header(name.replace("_", "-"), str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+@pytest.mark.parametrize("files, message", [
+    ({"model.safetensors": b"", "config.json": b"{"}, "config.json is not a model config"),
+    ({"README.md": b""}, "has no config.json or no weight files: pass a hub name"),
+    ({"model.safetensors": save({"wte.weight": torch.ones(9)})[:-1]}, "model.safetensors is damaged"),
+    ({"pytorch_model.bin": b"PK\3\4"}, "pytorch_model.bin is damaged"),
+    ({"model.safetensors.index.json": b'{"weight_map": {"wte.weight": "part-1.safetensors"}}'}, "part-1.safetensors"),
+])
+def test_load_names_damaged_files(hf_model, tmp_path, files, message):
+    hf_model.config.save_pretrained(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^.*{re.escape(message)}.*$"):
+        load_pretrained(tmp_path)
 
 
-def test_a_name_on_the_hub(hub, tmp_path):
-    """Downloaded, kept for when there is no network; what is missing or gated is one line that says what to do."""
-    def load(name, endpoint=hub):
-        return Fork("-m", "scripts.generate", "--checkpoint", name, "--prompt", "A", "--max_new_tokens", "3",
-                    HF_ENDPOINT=endpoint, HF_HOME=tmp_path).result()
+def test_find_tokenizer_compares_vocabularies(tmp_path):
+    """50,257 tokens alone do not make it GPT-2's; tests/test_own_tokenizer.py has one of ours."""
+    def find(file_name, content):
+        (tmp_path / file_name).write_text(json.dumps(content))
+        tokenizer = find_tokenizer(tmp_path, GPTConfig())
+        (tmp_path / file_name).unlink()
+        return tokenizer
 
-    done = load("me/tiny")
-    assert done.returncode == 0 and done.stdout.startswith("A"), done.stderr
-    nobody = "http://127.0.0.1:9"
-    assert load("me/tiny", nobody).stdout == done.stdout
-    assert_refused(load("gpt2", nobody), "'gpt2'", "no connection", "a folder")
-    empty = load("me/empty")  # the library shows its progress on the way
-    assert empty.returncode == 2 and "error: 'me/empty' has no config.json" in empty.stderr, empty.stderr
-    assert_refused(load("me/other"), "'me/other'", "it is not there", "a folder")
-    assert_refused(load("me/secret"), "'me/secret'", "terms", "hf auth login")
-
-
-def test_init_from_a_folder_fine_tunes_it(gpt2_folder, data_root, tmp_path):
-    """The first loss is that of the foreign model, dropout and block_size are ours; the run resumes and exports."""
-    words = ["-m", "scripts.train", "--config", "configs/finetune_shakespeare.yaml", "--init_from", gpt2_folder,
-             "--data_root", data_root, "--log_dir", tmp_path, "--device", "cpu", "--seq_len", "16",
-             "--micro_batch_size", "4", "--total_batch_size", "256", "--eval_tokens", "256", "--sample_every", "0",
-             "--eval_every", "0", "--model.dropout", "0", "--model.block_size", "20"]
-    done = run(*words, "--max_steps", "2", "--save_every", "1")
-    assert done.returncode == 0, done.stderr
-    first = checkpoint.load_checkpoint(tmp_path / "model_00000.pt")
-    assert first["config"] | {"block_size": 48} == checkpoint.load_checkpoint(gpt2_folder)["config"] | {"dropout": 0.0}
-    assert first["config"]["block_size"] == 20
-    with torch.no_grad():
-        idx = torch.randint(50257, (3, 20))
-        expected = reference(gpt2_folder)(idx).logits
-        assert (GPT.from_checkpoint(first)(idx) - expected).abs().max() <= 1e-4
-    assert metrics(tmp_path, "train")[1]["loss"] < metrics(tmp_path, "train")[0]["loss"]
-    assert "resuming from" in run(*words, "--max_steps", "3").stdout
-    assert_refused(run(*words, "--max_steps", "4", "--model.block_size", "10"),
-                   "block_size: checkpoint 20, requested 10")
-    assert_refused(run(*words, "--log_dir", tmp_path / "new", "--model.block_size", "49"), "48 positions")
+    vocab = dict(sorted(Tokenizer().vocab().items(), key=lambda item: item[1]))
+    openai_sha256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of encoder.json
+    assert hashlib.sha256(json.dumps(vocab).encode()).hexdigest() == openai_sha256
+    assert find("vocab.json", vocab) == "gpt2"
+    assert find("vocab.json", dict(zip(vocab, reversed(vocab.values()), strict=True))) is None
+    assert find("tokenizer.json", {"model": {"type": "BPE", "vocab": vocab}}) == "gpt2"
+    assert find("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}) is None
+    assert find_tokenizer(tmp_path, GPTConfig()) == "gpt2"
+    assert find_tokenizer(tmp_path, GPTConfig(vocab_size=97)) is None
 
 
-def test_validate_finds_agreement_and_difference(gpt2_folder, trained, tmp_path, capsys, monkeypatch):
-    """Exit status 0 for a folder and for our checkpoint, 1 where one weight is another."""
-    for model in (gpt2_folder, trained / "model_00002.pt"):
-        done = run("-m", "scripts.validate", "--model", model, "--prompt", "Hello world")
-        assert done.returncode == 0 and "they agree" in done.stdout, done.stdout + done.stderr
-        assert done.stdout.count("Hello world") == 2 and done.stdout.count("%") == 10
-    folder = tmp_path / "with_settings"
-    shutil.copytree(gpt2_folder, folder)
-    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5, "do_sample": true}')
-    assert validate.main(validate.ValidateConfig(model=str(folder), top=10**6)) == 0
-    content = checkpoint.load_checkpoint(gpt2_folder)
-    content["model"]["h.1.mlp.c_fc.bias"][3] += 0.1
-    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda source: content)
-    assert validate.main(validate.ValidateConfig(model=str(gpt2_folder))) == 1
-    assert "they DISAGREE" in capsys.readouterr().out
+@pytest.mark.parametrize("weight_files", [["model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]])
+def test_download_takes_pickles_only_without_safetensors(tmp_path, monkeypatch, weight_files):
+    def snapshot_download(name, allow_patterns):
+        names = ["config.json", "flax_model.msgpack", *weight_files]
+        for file_name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            (tmp_path / file_name).touch()
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model_dir("me/tiny") == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", weight_files[0]}
 
 
-def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
-    """At most 1.2 times, for safetensors and for pickles: no second model is built."""
-    from benchmarks.checkpoint import measure_load
+@pytest.mark.parametrize("error, reason", [
+    (huggingface_hub.errors.GatedRepoError("403\nlong", response=mock.Mock()), "not found, private or gated"),
+    (OSError("disk full\nlong"), "(disk full)"), (None, "no network")])  # None: huggingface_hub's own
+def test_download_says_why_it_failed(monkeypatch, error, reason):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if error:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=f"^cannot load 'me/nothing': .*{re.escape(reason)}.*: pass a hub name"):
+        load_pretrained("me/nothing")
 
-    with torch.device("meta"):
-        shape = GPTConfig(n_layer=4)
-        weights = {name: torch.empty(tensor.shape, device="cpu").normal_() for name, tensor in
-                   GPT(shape).state_dict().items()}
-    pretrained.save({"model": weights, "config": vars(shape), "tokenizer": None}, tmp_path)
-    _, peak, size = measure_load(tmp_path)
-    assert size == 4 * GPT.from_pretrained(tmp_path).num_parameters()
-    assert peak <= 1.2 * size + 30e6  # tiktoken's tables and what Python loads on the way
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A log_dir with the checkpoint and the log of a run, and its export by the command."""
+    folder = tmp_path_factory.mktemp("run")
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.2))
+    for parameter in model.parameters():  # biases too
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_model(folder / "model_00002.pt", model, step=2, tokenizer="gpt2", train_config={
+        "data_root": "my_data", "total_batch_size": 256, "init_from": "scratch", "max_lr": 0.01})
+    (folder / "metrics.jsonl").write_text('{"split": "val", "step": 2, "loss": 8.5}\n')
+    done = run("-m", "scripts.export", "--log_dir", folder, "--out", folder / "export")
+    assert done.returncode == 0 and "model_00002.pt: step 2" in done.stderr, done.stderr
+    return folder
+
+
+def test_export_has_the_same_logits_in_transformers_and_loads_again(run_dir):
+    saved, loaded = load_checkpoint(run_dir / "model_00002.pt"), load_checkpoint(run_dir / "export")
+    hf_model = GPT2LMHeadModel.from_pretrained(run_dir / "export", activation_function="gelu_pytorch_tanh")
+    assert_same_logits(GPT.from_checkpoint(saved).eval(), hf_model)
+    assert hf_model.config.n_ctx == 32 and hf_model.config.resid_pdrop == 0.2  # llama.cpp's converter reads n_ctx
+    assert hf_model.generation_config.eos_token_id == 50256
+    assert loaded["tokenizer"] == "gpt2" and loaded["config"] == saved["config"] | {"dropout": 0.0}
+    assert loaded["model"].keys() == saved["model"].keys()
+    assert all(torch.equal(loaded["model"][name], tensor) for name, tensor in saved["model"].items())
+    card = (run_dir / "export" / "README.md").read_text()
+    for text in ("`my_data` for 2 steps (512 tokens)", "Validation loss: 8.5000", "max_lr: 0.01", "2 layers, 2 heads"):
+        assert text in card
+
+
+def test_export_has_the_same_token_ids_in_transformers(run_dir):
+    hf_tokenizer, tokenizer = AutoTokenizer.from_pretrained(run_dir / "export"), Tokenizer()
+    assert hf_tokenizer.model_max_length == 32 and hf_tokenizer.eos_token == "<|endoftext|>"
+    for text in (TEXT.read_text(), "A  b\n\n\t c'll 12<|endoftext|>émigré 東京 🙂 don't", " "):
+        ids = tokenizer.encode(text, allow_special=True)
+        assert hf_tokenizer(text).input_ids == ids
+        assert hf_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_export_is_all_or_nothing(run_dir, tmp_path):
+    """A folder with files in it is refused, and a full disk leaves no half export."""
+    with pytest.raises(UserError, match="is there already"):
+        export.main(export.ExportConfig(log_dir=str(run_dir), out=str(run_dir)))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # bytes per file
+    try:
+        with pytest.raises(OSError, match="File too large: .*model.safetensors"):
+            export.main(export.ExportConfig(log_dir=str(run_dir), out=str(tmp_path / "out")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_and_save_need_little_more_memory_than_the_weights(tmp_path):
+    """At most 1.2 times. The model of raw token ids is exported without a tokenizer."""
+    code = """if True:
+        import pathlib, re, sys
+        from gpt.pretrained import load_pretrained, save_pretrained
+        def kilobytes(name): return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+        before = kilobytes("VmRSS")
+        save_pretrained(load_pretrained(sys.argv[1]), pathlib.Path(sys.argv[2]))
+        print(1024 * (kilobytes("VmHWM") - before))
+    """
+    config, copy_dir = GPTConfig(vocab_size=100), tmp_path / "copy"
+    copy_dir.mkdir()
+    save_pretrained({"model": GPT(config).state_dict(), "config": vars(config), "tokenizer": None}, tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, copy_dir], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) <= 1.2 * (tmp_path / "model.safetensors").stat().st_size, done.stderr
+    assert not list(copy_dir.glob("tokenizer*"))
+
+
+def test_validate_finds_agreement(run_dir):
+    done = run("-m", "scripts.validate", "--model", run_dir / "model_00002.pt", "--prompt", "Hello world", "--top", "3")
+    assert done.returncode == 0 and "the models agree" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("Hello world") == 2 and done.stdout.count("%") == 6
+
+
+def test_validate_finds_a_difference(gpt2_folder, monkeypatch, capsys):
+    """One weight differs: status 1."""
+    checkpoint = load_checkpoint(gpt2_folder)
+    checkpoint["model"]["h.1.mlp.c_fc.bias"][3] += 0.1
+    monkeypatch.setattr(validate, "load_checkpoint", lambda name: checkpoint)
+    monkeypatch.setattr(sys, "argv", ["validate", "--model", str(gpt2_folder)])
+    with pytest.raises(SystemExit) as exited:
+        cli.run_cli(validate.main, validate.ValidateConfig)
+    assert exited.value.code == 1 and "the models DISAGREE" in capsys.readouterr().out
