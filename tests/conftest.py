@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -26,28 +25,37 @@ TINY = ["--device", "cpu", "--precision", "float32", "--model.n_layer", "2", "--
         "16", "--seq_len", "32", "--micro_batch_size", "4", "--total_batch_size", "256", "--warmup_steps", "4",
         "--max_lr", "1e-2", "--eval_tokens", "512", "--sample_tokens", "8"]
 TINY_BYTES = [*TINY, "--model.vocab_size", "256"]
+# A run of 12 steps with dropout. Its saves (steps 4, 8, 12) and its validations (2, 4, ...) do not all coincide.
+RUN = [*TINY_BYTES, "--model.dropout", "0.1", "--max_steps", "12", "--save_every", "4", "--eval_every", "2",
+       "--sample_every", "0"]
+
+
+def save_shards(folder: Path, tokens: np.ndarray, *ends: int) -> Path:
+    """Write two shards for train and one for val that end at these positions and at the end of `tokens`."""
+    for name, part in zip(("train_00000", "train_00001", "val_00000"), np.split(tokens, ends), strict=True):
+        np.save(folder / f"{name}.npy", part)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
-    """Shards of real text made by hand: two for train, one for val."""
-    folder = tmp_path_factory.mktemp("data")
+    """Shards of real text in GPT-2's tokens."""
     tokens = np.array(Tokenizer().encode(TEXT.read_text()), dtype=np.uint16)
-    np.save(folder / "train_00000.npy", tokens[:5000])
-    np.save(folder / "train_00001.npy", tokens[5000:9000])
-    np.save(folder / "val_00000.npy", tokens[9000:])
-    return folder
+    return save_shards(tmp_path_factory.mktemp("data"), tokens, 5000, 9000)
 
 
 @pytest.fixture(scope="session")
 def byte_data(tmp_path_factory) -> Path:
     """The same text as bytes, of no tokenizer: with TINY_BYTES a step takes 10 ms."""
-    folder = tmp_path_factory.mktemp("bytes")
-    tokens = np.frombuffer(TEXT.read_bytes(), dtype=np.uint8)
-    np.save(folder / "train_00000.npy", tokens[:20000])
-    np.save(folder / "train_00001.npy", tokens[20000:32000])
-    np.save(folder / "val_00000.npy", tokens[32000:])
-    return folder
+    return save_shards(tmp_path_factory.mktemp("bytes"), np.frombuffer(TEXT.read_bytes(), np.uint8), 20000, 32000)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(byte_data, tmp_path_factory) -> Path:
+    """The log_dir of RUN, for tests to read."""
+    log_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train(byte_data, log_dir, *RUN)
+    return log_dir
 
 
 def random_gpt2(folder: Path, **config) -> Path:
@@ -88,23 +96,19 @@ class Fork:
     context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.cli", "gpt.optim",
                                     "gpt.checkpoint", "gpt.evaluation", "gpt.generation", "gpt.dataloader"])
 
-    lock = threading.Lock()  # starting one asks after all others, which two threads must not do at once
-
-    def __init__(self, *words: str | Path, stdout: Path | None = None, **variables: str | int):
+    def __init__(self, *words: str | Path, **variables: str | int):
         self.words = [str(word) for word in words]
         self.variables = {**environment(), **{name: str(value) for name, value in variables.items()}}
         self.folder = tempfile.TemporaryDirectory()
-        self.streams = [stdout or Path(self.folder.name) / "stdout", Path(self.folder.name) / "stderr"]
+        self.streams = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
         self.process = self.context.Process(target=self._run, args=(self.words, self.variables, *self.streams))
-        with self.lock:
-            self.process.start()
+        self.process.start()
         self.pid = self.process.pid
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; the exit status."""
         multiprocessing.connection.wait([self.process.sentinel], timeout)
-        with self.lock:
-            self.process.join(0)
+        self.process.join(0)
         return self.process.exitcode
 
     def result(self, timeout: float = 240) -> subprocess.CompletedProcess:
@@ -138,17 +142,21 @@ def run(*words: str | Path) -> subprocess.CompletedProcess:
                           text=True)
 
 
-def run_ranks(count: int, *words: str | Path, own: dict[int, list] | None = None) -> list[subprocess.CompletedProcess]:
-    """Run a command as `count` processes of one group, as a launcher other than torchrun starts them.
+def start_ranks(count: int, *words: str | Path, own: dict[int, list] | None = None, **variables: str) -> list[Fork]:
+    """Start a command as `count` processes of one group, as a launcher other than torchrun does.
 
-    own: more words, by rank.
+    own: more words, by rank. variables: more of the environment.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    forks = [Fork(*words, *(own or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count,
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(count)]
-    return [fork.result() for fork in forks]
+    return [Fork(*words, *(own or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count,
+                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables) for rank in range(count)]
+
+
+def run_ranks(*args, **options) -> list[subprocess.CompletedProcess]:
+    """Run a command as `start_ranks` starts it, to the end of all ranks."""
+    return [fork.result() for fork in start_ranks(*args, **options)]
 
 
 def workers(pid: int) -> list[int]:
@@ -176,6 +184,17 @@ def metrics(log_dir: Path, split: str) -> dict[int, dict]:
     steps = {record["step"]: {k: v for k, v in record.items() if k != "tokens_per_s"} for record in mine}
     assert len(steps) == len(mine), "a step was logged twice"
     return steps
+
+
+def assert_same_results(reference: Path, log_dir: Path) -> None:
+    """Two runs of RUN ended with the same records, but for the speed, and the same weights to the last bit."""
+    for split in ("train", "val"):
+        assert metrics(log_dir, split) == metrics(reference, split)
+    for name in ("model_00012.pt", "model_best.pt"):
+        weights, expected = (torch.load(folder / name)["model"] for folder in (log_dir, reference))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in weights), name
+    assert not list(log_dir.glob(".*")), "litter"
 
 
 def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:

@@ -1,11 +1,15 @@
-"""scripts.train with a fault that no test can cause from outside: FAULT=hang, nan, drift or evaluation.
+"""scripts.train with one fault: FAULT="<place> <action>", for instance FAULT="save SIGKILL".
 
-At step 6 rank 1 never gets its next batch, or has other weights than rank 0; or a validation raises.
+Places: step (update 5 on the last rank), save (as model_00008.pt gets its name), evaluation (the third one).
+Actions: crash, error, full_disk, nan, drift (of the weights), or a signal that the process sends itself.
+A job that torchrun has restarted has no fault.
 """
 
+import itertools
 import os
+import resource
+import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -13,34 +17,43 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from gpt.checkpoint import CheckpointManager  # noqa: E402
-from gpt.dataloader import DataLoaderLite  # noqa: E402
+from gpt.errors import UserError  # noqa: E402
 from scripts import cli, train  # noqa: E402
 
-FAULT, resume, batch, models = os.environ["FAULT"], CheckpointManager.resume, DataLoaderLite.batch, []
+PLACE, ACTION = os.environ["FAULT"].split()
+restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+evaluations = itertools.count(1)
 
 
-def resume_and_keep(self, model, *args):
-    models.append(model)
-    return resume(self, model, *args)
+def inject(place, owner, name, is_due):
+    """Make the function `name` of `owner` begin with the fault when `is_due` is true of its arguments."""
+    original = getattr(owner, name)
+
+    def faulty(*args):
+        if place == PLACE and not restarted and is_due(*args):
+            act(args[0])
+        return original(*args)
+
+    setattr(owner, name, faulty)
 
 
-def faulty_batch(self, step, micro_step):
-    if step == 6 and self.rank == 1:
-        if FAULT == "hang":
-            time.sleep(1000)
+def act(owner):
+    if ACTION in ("crash", "error"):
+        raise {"crash": RuntimeError, "error": UserError}[ACTION]("injected")
+    if ACTION == "full_disk":  # no file can grow beyond 20 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    elif ACTION in ("nan", "drift"):
         with torch.no_grad():
-            models[0].wte.weight += {"nan": torch.nan, "drift": 1e-6}[FAULT]
-    return batch(self, step, micro_step)
+            owner.model.wte.weight += {"nan": torch.nan, "drift": 1e-6}[ACTION]
+    else:
+        os.kill(os.getpid(), signal.Signals[ACTION])
 
 
-def faulty_evaluation(*args):
-    raise RuntimeError("evaluation failed")
+inject("step", CheckpointManager, "check_update",
+       lambda manager, step, *_: step == 5 and manager.dist.rank == manager.dist.world_size - 1)
+inject("save", os, "replace", lambda source, target: Path(target).name == "model_00008.pt")
+inject("evaluation", train, "evaluate_loss", lambda *args: next(evaluations) == 3)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as without nohup
 
-
-CheckpointManager.resume = resume_and_keep
-if FAULT == "evaluation":
-    train.evaluate_loss = faulty_evaluation
-else:
-    DataLoaderLite.batch = faulty_batch
 if __name__ == "__main__":
     cli.run_cli(train.main, train.TrainConfig)

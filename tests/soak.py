@@ -21,19 +21,18 @@ import torch
 
 from gpt import checkpoint
 from gpt.tokenizer import Tokenizer
-from tests.conftest import TEXT, TINY, metrics, start, workers
+from tests.conftest import TEXT, TINY, metrics, save_shards, start, workers
 
 # Validations and saves so often that a kill hits them about as likely as a step.
 OFTEN = ["--model.dropout", "0.1", "--eval_every", "2", "--eval_tokens", "1024", "--save_every", "3",
          "--sample_every", "0"]
 
 
-def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: random.Random, longest_life: float,
-                         ranks: int = 1) -> Counter:
-    """Start a run until it ends by itself, after `kills` kills; what it was doing at each of them.
+def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: random.Random, ranks: int) -> Counter:
+    """Start a run until it ends by itself, after `kills` kills; return how often it was doing what when killed.
 
-    launch: starts the run, its standard output in the file it is given. longest_life: seconds of training to a kill.
-    One kill in four waits for the next save to begin, which is short.
+    launch: starts the run, its standard output in the file it is given. Each life has up to a second of training. One
+    kill in four waits for the next save to begin, which is short. Of several ranks one is killed.
     """
     doing, output = Counter(), log_dir.parent / "output.txt"
     for life in range(kills + 1):
@@ -44,11 +43,11 @@ def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: rando
             while "resuming" not in output.read_text() and "saved" not in output.read_text():
                 assert time.time() < began + 120, f"it does not start: {output.read_text()}"
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0, longest_life))
+            time.sleep(rng.uniform(0, 1))
             deadline = time.time() + (rng.random() < 0.25)
             while time.time() < deadline and not list(log_dir.glob(".*.pt.tmp")):
                 time.sleep(0.001)
-            kill_one(process.pid, ranks, rng)
+            os.kill(rng.choice(workers(process.pid)) if ranks > 1 else process.pid, signal.SIGKILL)
             assert process.wait() != 0, f"finished before kill {life + 1}: more steps are needed"
             doing[what_it_did(log_dir)] += 1
         assert "skipping" not in output.read_text()  # no file is ever left half-written under its name
@@ -56,15 +55,8 @@ def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: rando
     return doing
 
 
-def kill_one(pid: int, ranks: int, rng: random.Random) -> None:
-    """SIGKILL the process, or one of torchrun's workers."""
-    if ranks > 1:
-        pid = rng.choice(workers(pid))
-    os.kill(pid, signal.SIGKILL)
-
-
 def what_it_did(log_dir: Path) -> str:
-    """What a killed run was at, as far as its files tell."""
+    """Return what a killed run was doing, as far as its files tell."""
     lines = (log_dir / "metrics.jsonl").read_text().splitlines() if (log_dir / "metrics.jsonl").exists() else []
     last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"split": None}
     if list(log_dir.glob(".*.pt.tmp")):
@@ -93,9 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        tokens = np.array(Tokenizer().encode(TEXT.read_text()), dtype=np.uint16)
-        np.save(folder / "train_00000.npy", tokens[:9000])
-        np.save(folder / "val_00000.npy", tokens[9000:])
+        save_shards(folder, np.array(Tokenizer().encode(TEXT.read_text()), dtype=np.uint16), 5000, 9000)
         torchrun = ["torchrun", "--standalone", f"--nproc_per_node={args.ranks}"] if args.ranks > 1 else []
 
         def launch(output: Path, log_dir: Path = folder / "killed") -> subprocess.Popen:
@@ -104,7 +94,7 @@ def main() -> None:
 
         assert launch(folder / "whole.txt", folder / "whole").wait() == 0
         began = time.time()
-        doing = kill_again_and_again(launch, folder / "killed", args.kills, random.Random(args.seed), 1.0, args.ranks)
+        doing = kill_again_and_again(launch, folder / "killed", args.kills, random.Random(args.seed), args.ranks)
         assert_equal_runs(folder / "whole", folder / "killed")
     phases = ", ".join(f"{count} while {phase}" for phase, count in sorted(doing.items()))
     print(f"{args.max_steps} steps on {args.ranks} processes, killed {doing.total()} times in "

@@ -1,180 +1,117 @@
-"""Several processes: as good as one, and when one of them fails, one message that names it."""
+"""Several ranks: as good as one, and when one of them fails, one message that names it."""
 
 import os
 import re
-import shutil
 import signal
-import time
 
-import numpy as np
 import pytest
+import torch
 
 from gpt import checkpoint
 from gpt.dataloader import DataLoaderLite
-from tests.conftest import TINY_BYTES, metrics, run, run_ranks, start, workers
-from tests.soak import assert_equal_runs
-
-QUIET = ["--sample_every", "0", "--eval_every", "0", "--save_every", "5"]
+from tests.conftest import RUN, TINY_BYTES, assert_same_results, metrics, run, run_ranks, start, start_ranks
 
 
-def words_for(data_root, log_dir, *words):
-    """A run on bytes with the given settings."""
-    return ["-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY_BYTES, *QUIET, *words]
+def train_args(data_root, log_dir, *args):
+    return ["-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY_BYTES, "--sample_every", "0",
+            "--eval_every", "0", *args]
 
 
-def torchrun(ranks, *words):
-    """The words of torchrun for `start`."""
-    return ["torchrun", "--standalone", f"--nproc_per_node={ranks}", *words]
+@pytest.mark.parametrize("ranks, micro_batch_size, precision, tolerance", [
+    (2, 8, "float32", 1e-5), (2, 8, "bf16", 1e-3),
+    *(pytest.param(ranks, size, "float32", 1e-5, marks=pytest.mark.slow) for ranks in (1, 2, 4) for size in (1, 2, 4))])
+def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size, precision, tolerance):
+    """With micro-batches of any size, and when the run is resumed on one rank. docs/cluster.md has the differences."""
+    args = ["--total_batch_size", "1024", "--max_lr", "1e-3", "--warmup_steps", "0", "--min_lr_ratio", "1",
+            "--eval_every", "5", "--precision", precision, "--micro_batch_size"]
+    one = run(*train_args(byte_data, tmp_path / "one", *args, 1, "--max_steps", "15"))
+    several = run_ranks(ranks, *train_args(byte_data, tmp_path / "several", *args, micro_batch_size, "--max_steps", 10))
+    assert [done.returncode for done in (one, *several)] == [0] * (1 + ranks), one.stderr + several[0].stderr
+    assert several[0].stdout.count("val loss") == 2 and not any(done.stdout for done in several[1:])
+    resumed = run(*train_args(byte_data, tmp_path / "several", *args, 16, "--max_steps", "15"))
+    assert f"changed: micro_batch_size {micro_batch_size} -> 16; max_steps 10 -> 15\n" in resumed.stdout
+    for split, steps in (("train", range(15)), ("val", (5, 10, 15))):
+        losses, expected = ({step: record["loss"] for step, record in metrics(tmp_path / name, split).items()}
+                            for name in ("several", "one"))
+        assert list(losses) == list(steps) and losses == pytest.approx(expected, abs=tolerance)
+        print(f"{ranks} ranks, micro-batch {micro_batch_size}, {precision}: largest difference of {split} losses "
+              f"{max(abs(losses[step] - expected[step]) for step in steps):.1e}")
 
 
-def test_the_number_of_processes_may_change_in_the_middle(byte_data, tmp_path):
-    """Four processes, all killed, then one with other micro-batches: the losses of a run that one process made."""
-    words = ["--max_steps", "12", "--total_batch_size", "2048", "--max_lr", "1e-3"]
-    alone = run(*words_for(byte_data, tmp_path / "alone", *words, "--micro_batch_size", "2"))
-    assert alone.returncode == 0, alone.stderr
-    process = start(*torchrun(4, *words_for(byte_data, tmp_path / "moved", *words, "--micro_batch_size", "1")))
-    for line in process.stdout:
-        if line.startswith("step 6 "):
-            for pid in [process.pid, *workers(process.pid)]:
-                os.kill(pid, signal.SIGKILL)
-    done = run(*words_for(byte_data, tmp_path / "moved", *words))
-    assert done.returncode == 0 and "model_00005.pt at step 5 of 12, changed: micro_batch_size 1 -> 4" in done.stdout
-    assert_same_losses(tmp_path / "alone", tmp_path / "moved", 12)
+def test_ranks_take_the_sequences_of_a_step_in_order(byte_data):
+    """Micro-step by micro-step, and in each of them rank by rank: runs of older versions resume with the same data."""
+    args = dict(data_root=byte_data, split="train", seq_len=32, vocab_size=256, total_batch_size=256)
+    ranks = [DataLoaderLite(**args, micro_batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    parts = [rank.batch(5, micro_step)[0] for micro_step in range(2) for rank in ranks]
+    assert torch.equal(torch.cat(parts), DataLoaderLite(**args, micro_batch_size=8).batch(5, 0)[0])
 
 
-def test_bf16_losses_on_two_ranks_differ_by_its_rounding(byte_data, tmp_path):
-    """What docs/cluster.md says of bfloat16: other micro-batches and ranks agree to 1e-3, not to 1e-5."""
-    words = ["--max_steps", "10", "--total_batch_size", "2048", "--max_lr", "1e-3", "--precision", "bf16"]
-    one = run(*words_for(byte_data, tmp_path / "one", *words))
-    two = run_ranks(2, *words_for(byte_data, tmp_path / "two", *words, "--micro_batch_size", "8"))
-    assert one.returncode == two[0].returncode == 0, one.stderr + two[0].stderr
-    assert_same_losses(tmp_path / "one", tmp_path / "two", 10, tolerance=1e-3)
+FAULTS = {
+    "SIGSTOP": "error: rank 1 of 2 does not answer: it died, or hung for 5 s .* resumes from the last checkpoint",
+    "SIGKILL": "error: rank 1 of 2 does not answer: it died",
+    "error": r"error \(rank 1\): injected",
+    "nan": "error: step 6: loss nan on rank 1.* resumes from .*model_00004.pt",
+    "drift": r"error: rank 1 has weights_checksum \d+, rank 0 has \d+: .*nothing is saved; .*model_00004.pt",
+}
 
 
-def assert_same_losses(one, other, steps, tolerance=1e-5):
-    """Step by step. (A learning rate ten times as high turns the differences in rounding into larger ones.)"""
-    one, other = metrics(one, "train"), metrics(other, "train")
-    assert list(one) == list(other) == list(range(steps))
-    for step in one:
-        assert one[step]["loss"] == pytest.approx(other[step]["loss"], abs=tolerance)
-        assert one[step]["tokens"] == other[step]["tokens"]
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_rank_is_named(byte_data, tmp_path, fault):
+    """Hung, dead, without data, at odds with arithmetic or with rank 0's weights: one error, and nothing is saved."""
+    ranks = start_ranks(2, "tests/fault_injection.py", *train_args(byte_data, tmp_path)[2:], "--max_steps", "8",
+                        "--save_every", "4", "--rank_timeout", "5", FAULT=f"step {fault}")
+    first = ranks[0].result(timeout=60)
+    if fault == "SIGSTOP":
+        os.kill(ranks[1].pid, signal.SIGKILL)
+    second = ranks[1].result(timeout=60)
+    assert first.returncode != 0 != second.returncode
+    errors = [line for line in (first.stderr + second.stderr).splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and re.match(FAULTS[fault], errors[0]), first.stderr + second.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+    assert checkpoint.load_latest(tmp_path, pytest.fail, require_optim=True)[1]["step"] == 4
 
 
-@pytest.mark.slow
-def test_any_number_of_processes_and_any_micro_batch(data_root, tmp_path):
-    """1, 2 and 4 processes with micro-batches of 1, 2 and 4 on GPT-2's vocabulary: the table of the README."""
-    losses = {}
-    for ranks in (1, 2, 4):
-        for micro_batch_size in (1, 2, 4):
-            log_dir = tmp_path / f"{ranks}_{micro_batch_size}"
-            words = words_for(data_root, log_dir, "--model.vocab_size", "50257", "--total_batch_size", "1024",
-                              "--micro_batch_size", micro_batch_size, "--max_lr", "1e-3", "--max_steps", "30")
-            done = run(*words) if ranks == 1 else run_ranks(ranks, *words)[0]
-            assert done.returncode == 0, done.stderr
-            assert_same_losses(tmp_path / "1_1", log_dir, 30)
-            losses[ranks, micro_batch_size] = [record["loss"] for record in metrics(log_dir, "train").values()]
-    for key, mine in losses.items():
-        difference = np.abs(np.subtract(mine, losses[1, 1])).max()
-        print(f"{key[0]} processes, micro-batch {key[1]}: loss {mine[0]:.6f} at step 0, {mine[29]:.6f} at step 29, "
-              f"largest difference {difference:.1e}")
+def test_signal_to_any_rank_stops_all_at_one_step(byte_data, tmp_path):
+    done = run_ranks(2, "tests/fault_injection.py", *train_args(byte_data, tmp_path)[2:], FAULT="step SIGTERM")
+    assert [rank.returncode for rank in done] == [143, 143]
+    assert re.findall(r"stopped at step (\d+)", done[0].stdout) == ["7"]
+    assert checkpoint.load_latest(tmp_path, pytest.fail, require_optim=True)[1]["step"] == 7
 
 
-def test_a_rank_that_dies_brings_the_job_back(byte_data, tmp_path):
-    """torchrun --max-restarts: the dead rank is named, the job goes on from the last checkpoint, and ends the same."""
-    words = ["--max_steps", "40", "--total_batch_size", "2048"]
-    whole = run_ranks(2, *words_for(byte_data, tmp_path / "whole", *words))
-    assert whole[0].returncode == 0, whole[0].stderr
-    process = start("torchrun", "--standalone", "--max-restarts=3", "--nproc_per_node=2",
-                    *words_for(byte_data, tmp_path / "log", *words))
+def test_mistakes_are_said_once(byte_data, tmp_path):
+    """Of all ranks, or flags that only one has. Nothing is written."""
+    for args, own, message in ((["--data_root", "missing"], {}, "error: data_root 'missing' is not a folder"),
+                               ([], {1: ["--max_lr", "1"]}, "error: rank 1 has max_lr 1.0, rank 0 has 0.01: start")):
+        first, second = run_ranks(2, *train_args(byte_data, tmp_path, *args), own=own)
+        assert first.stderr.startswith(message) and first.stderr.count("\n") == 1 and not second.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_restarts_the_job_when_a_rank_dies(byte_data, tmp_path, monkeypatch):
+    """The dead rank is named; the job resumes from the last checkpoint, and ends as an undisturbed one."""
+    args = ["--data_root", byte_data, *RUN, "--log_dir"]
+    assert run_ranks(2, "-m", "scripts.train", *args, tmp_path / "whole")[0].returncode == 0
+    monkeypatch.setenv("FAULT", "step SIGKILL")
+    process = start("torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "tests/fault_injection.py",
+                    *args, tmp_path / "killed")
+    printed = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and re.search(r"failed \(exitcode: -9\) local_rank: 1", printed), printed
+    assert re.search(r"resuming from .*/model_0000[46].pt at step [46] of 12\n", printed)  # 6: rescued by rank 0
+    assert_same_results(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("signum, message", [(signal.SIGTERM, r"stopped at step \d+ of"),
+                                             (signal.SIGKILL, "error: (torchrun has exited|rank 1)")])
+def test_ranks_end_with_torchrun(byte_data, tmp_path, signum, message):
+    """A preempted job stops at one step, and saves; no rank trains on unseen, with the lock of the folder."""
+    args = train_args(byte_data, tmp_path, "--max_steps", "100000")
+    process = start("torchrun", "--standalone", "--nproc_per_node=2", "scripts/train.py", *args[2:])
     printed = ""
-    for line in process.stdout:
-        if line.startswith("step 7 ") and "resuming" not in printed:
-            os.kill(workers(process.pid)[1], signal.SIGKILL)
+    for line in process.stdout:  # until the last rank has closed it
         printed += line
-    assert process.wait() == 0, printed
-    assert printed.count("error: ") <= 1 and re.search(r"failed \(exitcode: -9\) local_rank: 1", printed), printed
-    assert re.search(r"resuming from .*/model_\d+.pt at step \d+ of 40", printed)
-    assert_equal_runs(tmp_path / "whole", tmp_path / "log")
-
-
-def ends_with(process, seconds):
-    """The one line of error that torchrun's workers print; torchrun itself is not waited for."""
-    began, printed = time.monotonic(), []
-    for line in process.stdout:
-        printed.append(line)
-        if line.startswith("error"):
-            assert time.monotonic() - began < seconds
-            for pid in [*workers(process.pid), process.pid]:
-                os.kill(pid, signal.SIGKILL)
-    process.wait()
-    errors = [line for line in printed if line.startswith("error")]
-    assert len(errors) == 1 and "most recent call last" not in "".join(printed), "".join(printed)
-    return errors[0]
-
-
-def test_a_hung_rank_is_named(byte_data, tmp_path):
-    """A stopped process, as a dead machine looks from outside: the others do not wait for it in silence."""
-    words = words_for(byte_data, tmp_path / "log", "--max_steps", "100000", "--rank_timeout", "10")
-    process = start(*torchrun(2, *words))
-    for line in process.stdout:
-        if line.startswith("step 3 "):
-            os.kill(workers(process.pid)[1], signal.SIGSTOP)
-            break
-    assert "error: rank 1 of 2 does not answer: it died, or hung for 10 s" in ends_with(process, 60)
-    assert checkpoint.load_latest(tmp_path / "log", print, require_optim=True)[1]["step"] % 5 == 0
-
-
-@pytest.mark.parametrize("fault, said", [
-    ("hang", r"error: rank 1 of 2 does not answer: it died, or hung for 10 s.* resumes from the last checkpoint"),
-    ("nan", r"step 6: loss nan on rank 1.* resumes from .*model_00005.pt"),
-    ("drift", r"rank 1 has weights_checksum \d+, rank 0 has \d+: .*nothing is saved; resume from .*model_00005.pt")])
-def test_a_faulty_rank_is_named(byte_data, tmp_path, monkeypatch, fault, said):
-    """Stuck in its own work, at odds with arithmetic, or with weights of its own: never silent, never saved."""
-    monkeypatch.setenv("FAULT", fault)
-    words = words_for(byte_data, tmp_path / "log", "--max_steps", "20", "--rank_timeout", 10)
-    process = start(*torchrun(2, "tests/fault_injection.py", *words[2:]))
-    assert re.search(said, ends_with(process, 60))
-    assert checkpoint.load_latest(tmp_path / "log", print, require_optim=True)[1]["step"] == 5
-
-
-def test_processes_do_not_outlive_torchrun(byte_data, tmp_path):
-    """torchrun killed outright: its workers must not train on unseen, with the lock of the folder."""
-    words = words_for(byte_data, tmp_path / "log", "--max_steps", "100000")
-    process = start(*torchrun(2, *words))
-    printed, began = "", None
-    for line in process.stdout:  # until the last worker has closed it
-        printed += line
-        if line.startswith("step 3 "):
-            process.kill()
-            began = time.monotonic()
-    assert time.monotonic() - began < 30
-    assert printed.count("error: torchrun has exited") == 1 and "most recent call last)" not in printed, printed
-    assert run(*words, "--max_steps", "1").returncode == 0
-
-
-def test_one_rank_alone_finds_a_mistake(byte_data, tmp_path):
-    """A bad token that only rank 1 reads, and flags that only it has: one line, with its number."""
-    shutil.copytree(byte_data, tmp_path / "data")
-    loader = DataLoaderLite(byte_data, "train", micro_batch_size=4, seq_len=32, vocab_size=256, total_batch_size=256,
-                            rank=1, world_size=2)
-    sequence = loader.sequence_at(np.array([7 * 8 + 4]))[0]  # the first one of its share of step 7
-    shard = np.searchsorted(loader.shard_offsets, sequence, side="right") - 1
-    path = tmp_path / "data" / loader.paths[shard].name
-    tokens = np.load(path).astype(np.uint16)
-    tokens[(sequence - loader.shard_offsets[shard]) * 32 + 5] = 9999
-    np.save(path, tokens)
-    process = start(*torchrun(2, *words_for(tmp_path / "data", tmp_path / "log", "--max_steps", "20")))
-    assert re.search(rf"^error \(rank 1\): shard {path} has token id 9999", ends_with(process, 60))
-    other = run_ranks(2, *words_for(byte_data, tmp_path / "other"), own={1: ["--max_lr", "1"]})
-    message = "error: rank 1 has max_lr 1.0, rank 0 has 0.01: start all ranks with the same flags"
-    assert other[0].stderr.startswith(message) and other[0].stderr.count("\n") == 1 and not other[1].stderr
-    assert not list(tmp_path.glob("other/*"))
-
-
-def test_a_mistake_of_all_ranks_is_said_once(byte_data, tmp_path):
-    """In the flags, and in what the flags name: not as often as there are processes."""
-    for words, message in ((["--max_steps", "many"], "Error parsing --max_steps"), (["--max_steps", "-1"], "error"),
-                           (["--data_root", "missing"], "error")):
-        done = run(*torchrun(2, *words_for(byte_data, tmp_path, *words)))
-        lines = [line for line in done.stderr.splitlines() if re.match(rf"(│ )?{message}\b", line)]
-        assert len(lines) == 1, done.stderr
+        if line.startswith("step 5 "):
+            process.send_signal(signum)
+    assert process.wait() != 0 and len(re.findall(message, printed)) == 1, printed
+    assert run(*args, "--max_steps", "1").returncode == 0
+    step = checkpoint.load_latest(tmp_path, pytest.fail, require_optim=True)[1]["step"]
+    assert list(metrics(tmp_path, "train")) == list(range(step)) and (step > 5) == (signum == signal.SIGTERM)
