@@ -97,7 +97,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
             tokens = sample(cache.next_token_logits(rows), temperature, top_k, top_p, generator)
             tokens = [stop_token if done else token for token, done in zip(tokens, finished, strict=True)]
             yield tokens
-            finished = [token == stop_token for token in tokens]
+            finished = [token == stop_token for token in tokens]  # a finished row repeats it, see above
             if all(finished):
                 return
             for row, token in zip(rows, tokens, strict=True):
@@ -163,6 +163,6 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # at most 0: no temperature is too small
     if top_p < 1:
         cumulative_before = probs.cumsum(dim=-1) - probs  # of all more likely tokens
-        probs[cumulative_before > top_p] = 0
+        probs[cumulative_before >= top_p] = 0  # the first is 0: the most likely token stays
     sampled = torch.multinomial(probs, 1, generator=generator)
     return token_ids.gather(1, sampled)[:, 0].tolist()

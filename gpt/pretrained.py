@@ -1,16 +1,19 @@
 """GPT-2 in Hugging Face's format: load it from a folder or from the hub, and save it to a folder."""
 
 import json
+import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from gpt.config import GPTConfig
 from gpt.errors import UserError
-from gpt.files import atomic_write, read_json
+from gpt.files import atomic_write, load_pt, read_json
 from gpt.tokenizer import Tokenizer
 
 # Settings that change what a model computes, with the values gpt/model.py supports; the first one is the default.
@@ -94,7 +97,10 @@ def find_weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
-            return sorted({folder / shard for shard in read_json(index, "an index of shards")["weight_map"].values()})
+            weight_map = read_json(index, "an index of shards").get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no weight_map: download or export it again")
+            return sorted({folder / str(shard) for shard in weight_map.values()})
     return []
 
 
@@ -105,7 +111,8 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in file.keys():  # noqa: SIM118, it is no dictionary
                 yield name, file.get_tensor(name)
     else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        # load_pt verifies checksums, which files from before PyTorch 1.6 (no zip archives) do not have.
+        tensors = load_pt(path) if zipfile.is_zipfile(path) else torch.load(path, "cpu", weights_only=True)
         while tensors:
             yield tensors.popitem()
 
@@ -115,10 +122,12 @@ def find_tokenizer(folder: Path, config: GPTConfig) -> str | None:
     if (folder / "tokenizer.tiktoken").is_file():
         return Tokenizer.load(folder).merge_table
     gpt2 = Tokenizer()
+    vocab: Any
     if (folder / "vocab.json").is_file():
         vocab = read_json(folder / "vocab.json", "a vocabulary")
     elif (folder / "tokenizer.json").is_file():
-        vocab = read_json(folder / "tokenizer.json", "a tokenizer")["model"].get("vocab")
+        model = read_json(folder / "tokenizer.json", "a tokenizer").get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
     else:
         return "gpt2" if config.vocab_size == gpt2.n_vocab else None
     is_gpt2 = isinstance(vocab, dict) and gpt2.vocab().items() <= vocab.items()  # there may be more: padding tokens
@@ -144,8 +153,13 @@ def save_pretrained(checkpoint: dict, folder: Path) -> None:
     if tokenizer:
         from transformers import GPT2Tokenizer  # seconds
 
-        GPT2Tokenizer(tokenizer.vocab(), tokenizer.merges(),  # type: ignore[arg-type]  # its hints lag
-                      model_max_length=config["block_size"]).save_pretrained(folder)
+        try:
+            GPT2Tokenizer(tokenizer.vocab(), tokenizer.merges(),  # type: ignore[arg-type]  # its hints lag
+                          model_max_length=config["block_size"]).save_pretrained(folder)
+        except Exception as error:  # a Rust library, which puts an OSError into words
+            if not (number := re.search(r"os error (\d+)", str(error))):
+                raise
+            raise OSError(int(number[1]), str(error), str(folder)) from None
         tokenizer.save(folder)
 
 

@@ -71,12 +71,12 @@ def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) ->
 
 def print_samples(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
     """Print `num_samples` continuations of the prompt; the first one is streamed."""
-    texts = [""] * config.num_samples
+    later_samples = []
     for pieces in stream_text(model, tokenizer, [config.prompt] * config.num_samples, config.max_new_tokens,
                               temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed):
         print(pieces[0], end="", flush=True)
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-    print("".join(f"\n---\n{text}" for text in texts[1:]))
+        later_samples.append(pieces[1:])
+    print("".join("\n---\n" + "".join(pieces) for pieces in zip(*later_samples, strict=True)))
 
 
 def check_config(config: GenerateConfig) -> None:

@@ -21,7 +21,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
 RC_PARAMS = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
              "axes.titlelocation": "left", "legend.fontsize": 9, "legend.frameon": False, "legend.handlelength": 4,
-             "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08}
+             "text.parse_math": False, "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08}
 TITLES = {"loss": "loss (nats per token): training (pale), moving average (thick), validation (●), lowest (★)",
           "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second"}
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"no losses in {folder / 'metrics.jsonl'}: pass the log_dir of a run (python -m scripts.train)")
     config = folder / "config.yaml"
     settings = read_yaml(str(config)) if config.exists() else {}
-    model_settings = settings.pop("model", {})
+    model_settings = settings.pop("model", None) or {}
     return Run(str(folder), train, val, {**model_settings, **settings})
 
 
@@ -87,7 +87,8 @@ def legend_labels(runs: list[Run]) -> list[str]:
     for run in runs:
         values = {key: str(run.settings[key]) for key in keys if key in run.settings}
         settings = [f"{key}={value if len(value) <= 20 else '…' + value[-20:]}" for key, value in values.items()]
-        label = textwrap.shorten(", ".join([f"{run.name}: {run.best()}", *settings]), width=115, placeholder=" …")
+        name = run.name if len(run.name) <= 60 else "…" + run.name[-60:]
+        label = textwrap.shorten(", ".join([f"{name}: {run.best()}", *settings]), width=115, placeholder=" …")
         labels.append(" " + label)  # matplotlib leaves out labels that start with an underscore
     return labels
 
@@ -99,7 +100,7 @@ def plot_runs(runs: list[Run], x_axis: str) -> Figure:
     panels = figure.subplot_mosaic([["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]], height_ratios=[2, 1])
     for run, label, style in zip(runs, legend_labels(runs), STYLES(), strict=False):  # STYLES() never ends
         if x_axis == "tokens" and "total_batch_size" not in run.settings:
-            raise UserError(f"the tokens of {run.name} are not known, it has no config.yaml: pass --x steps")
+            raise UserError(f"the tokens of {run.name} are not known because it has no config.yaml: pass --x steps")
         x_scale = run.settings["total_batch_size"] if x_axis == "tokens" else 1
         plot_run(panels, run, label, style, x_scale, len(runs))
     for key, panel in panels.items():
@@ -122,7 +123,7 @@ def plot_run(panels: dict[str, Any], run: Run, label: str, style: dict[str, Any]
         if key != "lr":
             panel.plot(steps * x_scale, values, color=style["color"], linewidth=0.5, alpha=0.35 / n_runs ** 0.5)
             steps, values = moving_average(steps), moving_average(values)
-        panel.plot(steps * x_scale, values, **style)
+        panel.plot(steps * x_scale, values, marker="." if len(steps) == 1 else "", **style)
     panel = panels["loss"]
     steps, losses = curve(run.val, "loss")
     panel.plot(steps * x_scale, losses, label=label, linewidth=1, marker="o", markeredgecolor="white",

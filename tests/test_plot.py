@@ -121,7 +121,7 @@ def test_incomplete_runs_are_plotted(capsys):
     (PlotConfig(["a", "empty"]), "no losses in empty/metrics.jsonl: pass the log_dir of a run"),
     (PlotConfig(["nope"]), "no losses in nope/metrics.jsonl: pass the log_dir of a run"),
     (PlotConfig(["a"], out="x.docx"), "x.docx has an unknown extension: expected .png, .jpg, .pdf, .svg"),
-    (PlotConfig(["a"], x="tokens"), "the tokens of a are not known, it has no config.yaml: pass --x steps")])
+    (PlotConfig(["a"], x="tokens"), "the tokens of a are not known because it has no config.yaml: pass --x steps")])
 def test_errors_name_the_problem(config, message):
     make_run("a"), Path("empty").mkdir(), Path("a/config.yaml").unlink()
     with pytest.raises(UserError, match=message):
