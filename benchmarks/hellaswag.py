@@ -4,6 +4,7 @@ Random weights of GPT-2 124M, on the CPU; without --data, examples cut from a pl
 """
 
 import argparse
+import copy
 import time
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from benchmarks.compare import compare
 from gpt.config import GPTConfig
 from gpt.device import DTYPES, select_precision
+from gpt.generation import prepare_for_inference
 from gpt.hellaswag import BATCH_TOKENS, load_examples, score_endings
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
@@ -25,6 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     model, tokenizer = GPT(GPTConfig()).eval(), Tokenizer()
+    models = {"float32": copy.deepcopy(model), "bf16": model, "fp16": model}
+    prepare_for_inference(models["float32"], torch.float32)  # as scripts.eval_hellaswag does
     examples = (load_examples(args.data, args.examples) if args.data
                 else reference_hellaswag.make_examples(args.examples))
     choices: dict[str, torch.Tensor] = {}  # (2, examples): the endings with the smallest sums and means
@@ -37,7 +41,7 @@ def main() -> None:
     def ours(dtype: str) -> float:
         t0 = time.perf_counter()
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
-            *_, (sums, counts) = score_endings(model, tokenizer, examples, BATCH_TOKENS["cpu"])
+            *_, (sums, counts) = score_endings(models[dtype], tokenizer, examples, BATCH_TOKENS["cpu"])
         choices[dtype] = torch.stack([sums, sums / counts]).argmin(2)
         return len(examples) / (time.perf_counter() - t0)
 

@@ -64,5 +64,5 @@ def sliding_window_losses(model: GPT, tokens: np.ndarray, stride: int,
                             f"{vocab_size - 1}; was it made with another tokenizer?")
         predicted = targets >= 0
         x = model.hidden_states(torch.from_numpy(idx).to(device))[torch.from_numpy(predicted)]  # (n_targets, C)
-        losses = token_losses(x, model.wte.weight, torch.from_numpy(targets[predicted]).to(device))
+        losses = token_losses(x, model.lm_head, torch.from_numpy(targets[predicted]).to(device))
         yield losses.double().cpu().numpy(), targets[predicted]

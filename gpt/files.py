@@ -22,7 +22,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     The bytes go to `.<name>.tmp` in the same folder, are synced to disk, and replace `path` in one step (`os.replace`):
     a crash leaves the old file or the new one. An exception in the block removes the temporary file; a killed process
-    leaves it for `remove_temp_files`. An OSError, such as that of a full disk, names `path`.
+    leaves it for `run_lock` to remove. An OSError, such as that of a full disk, names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -43,12 +43,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def remove_temp_files(folder: str | os.PathLike) -> None:
-    """Delete the temporary files of killed processes; call it only where nobody is writing."""
-    for temporary in Path(folder).glob(".*.tmp"):
-        temporary.unlink()
 
 
 def read_json(path: Path, description: str) -> dict:
@@ -138,13 +132,13 @@ def load_pt(path: Path) -> dict:
 
 
 @contextlib.contextmanager
-def run_lock(folder: str | Path, setting: str = "log_dir", suffix: str = "") -> Iterator[None]:
+def run_lock(folder: str | Path, setting: str = "log_dir") -> Iterator[None]:
     """Hold the lock of `folder`, the value of `setting`, and delete temporary files of killed processes in it.
 
-    suffix: names the lock if several processes share the folder; then nothing is deleted. The system releases the lock
-    when the process ends, in whatever way. Raises UserError that names the owner if another process holds it.
+    The system releases the lock when the process ends, in whatever way. Raises UserError that names the owner if
+    another process holds it.
     """
-    path, owner_file = Path(folder) / f".lock{suffix}", Path(folder) / f".lock{suffix}_holder"
+    path, owner_file = Path(folder) / ".lock", Path(folder) / ".lock_holder"
     lock = FileLock(path)
     try:
         lock.acquire(timeout=2)  # a process that is just being killed still has it
@@ -154,8 +148,8 @@ def run_lock(folder: str | Path, setting: str = "log_dir", suffix: str = "") -> 
                         f"--{setting}") from None
     try:
         owner_file.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}\n")
-        if not suffix:
-            remove_temp_files(folder)
+        for temporary in Path(folder).glob(".*.tmp"):
+            temporary.unlink()
         yield
     finally:
         for file in (owner_file, path):

@@ -18,7 +18,7 @@ CAN_PACK = (torch.backends.mkldnn.is_available() and platform.machine().lower() 
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
-def prepare_for_generation(model: GPT, dtype: torch.dtype) -> None:
+def prepare_for_inference(model: GPT, dtype: torch.dtype) -> None:
     """Convert `model` to `dtype` in place and, on an x86 CPU, pack its weights into oneDNN's layout.
 
     Call it once: a packed model can only run forward; its weights cannot be trained, saved or converted again. The LM

@@ -108,7 +108,7 @@ def token_nlls(model: GPT, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torc
     mask = ((key == 0) | (key == query)).tril()  # (B, T, T)
     x = model.hidden_states(idx, positions, mask[:, None])  # (B, T, C)
     is_ending = segment_ids > 0
-    nlls = token_losses(x[is_ending], model.wte.weight, targets[is_ending])
+    nlls = token_losses(x[is_ending], model.lm_head, targets[is_ending])
     return nlls.cpu(), segment_ids[is_ending].cpu()
 
 

@@ -1,5 +1,7 @@
 """Cross-entropy through the LM head without ever holding all logits."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     # Checked here: inside the Function gradients are always off, and needs_input_grad ignores torch.no_grad().
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return TokenChunkedCrossEntropy.apply(x, weight, targets)
-    return token_losses(x, weight, targets).mean()
+    return token_losses(x, partial(F.linear, weight=weight), targets).mean()
 
 
 @torch.no_grad()
-def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of each token, (N,) float32, in nats; arguments as in `linear_cross_entropy`."""
-    return torch.cat([F.cross_entropy(F.linear(x_chunk, weight).float(), target, reduction="none")
+def token_losses(x: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor],
+                 targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of each token, (N,) float32, in nats; `lm_head` makes logits of hidden states (N, C)."""
+    return torch.cat([F.cross_entropy(lm_head(x_chunk).float(), target, reduction="none")
                       for x_chunk, target in zip(x.split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True)])
 
 

@@ -21,7 +21,7 @@ from gpt.device import DTYPES, hardware_name, select_device
 from gpt.errors import UserError
 from gpt.files import load_pt, read_metrics
 from gpt.flops import flops_per_token, peak_flops
-from gpt.generation import generate, prepare_for_generation
+from gpt.generation import generate, prepare_for_inference
 from gpt.model import GPT
 from gpt.shards import read_meta, token_dtype, write_shard
 from scripts import cli, train
@@ -85,7 +85,7 @@ def bench_generate(config: BenchConfig, device: torch.device) -> Iterator[dict[s
     for dtype in config.dtypes:
         model = GPT(replace(config.model, block_size=config.model.block_size or 1024)).to(device)
         n_bytes = (model.num_parameters() - model.wpe.weight.numel()) * getattr(torch, dtype).itemsize
-        prepare_for_generation(model, getattr(torch, dtype))
+        prepare_for_inference(model, getattr(torch, dtype))
         for B in config.batch_sizes:
             seconds = []
             for _ in range(config.num_repeats):

@@ -14,6 +14,7 @@ from gpt.device import DTYPES, Precision, select_precision
 from gpt.distributed import init_distributed
 from gpt.errors import UserError
 from gpt.files import atomic_write
+from gpt.generation import prepare_for_inference
 from gpt.hellaswag import BATCH_TOKENS, evaluate_hellaswag, load_examples
 from scripts import cli
 
@@ -38,6 +39,8 @@ def main(config: HellaSwagConfig) -> None:
         path = Path(config.log_dir) / "hellaswag.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # if this fails, then before the evaluation
         precision = select_precision(config.precision, dist.device)
+        if precision == "float32":
+            prepare_for_inference(model, torch.float32)
         autocast = torch.autocast(dist.device.type, DTYPES[precision], enabled=precision != "float32")
         result = evaluate_hellaswag(model, tokenizer, examples, autocast, dist, BATCH_TOKENS[dist.device.type],
                                     show_bar=True)

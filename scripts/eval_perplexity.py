@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from gpt.device import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_window_losses
+from gpt.generation import prepare_for_inference
 from gpt.shards import find_shards, open_shard, read_meta, read_tokenizer
 from gpt.tokenizer import Tokenizer
 from scripts import cli
@@ -29,6 +31,7 @@ def main(config: PerplexityConfig) -> None:
     """Print the loss, the perplexity and the bits per byte of all tokens but the first."""
     device = select_device(config.device)
     _, model, tokenizer = cli.load_model(config, device)
+    prepare_for_inference(model, torch.float32)
     T = model.config.block_size
     stride = config.stride or T // 2
     if not 1 <= stride <= T or config.batch_size < 1:

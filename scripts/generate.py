@@ -14,7 +14,7 @@ import torch
 
 from gpt.device import select_device, select_precision
 from gpt.errors import UserError
-from gpt.generation import prepare_for_generation, stream_text
+from gpt.generation import prepare_for_inference, stream_text
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 from scripts import cli
@@ -42,7 +42,7 @@ def main(config: GenerateConfig) -> None:
     if dtype == "auto":
         dtype = "bfloat16" if select_precision("auto", device) == "bf16" else "float32"
     _, model, tokenizer = cli.load_model(config, device, note=f", {dtype}")
-    prepare_for_generation(model, getattr(torch, dtype))
+    prepare_for_inference(model, getattr(torch, dtype))
     # None for "not given" would not do: on a command line tyro reads the text `None` as None
     is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
     (run_interactive if is_interactive else print_samples)(config, model, tokenizer)

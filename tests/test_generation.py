@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt.config import GPTConfig
-from gpt.generation import CAN_PACK, KVCache, generate, generate_text, prepare_for_generation, sample, stream_text
+from gpt.generation import CAN_PACK, KVCache, generate, generate_text, prepare_for_inference, sample, stream_text
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def test_cached_logits_are_those_of_a_full_forward_pass(model, dtype, tolerance)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_packed_weights_give_the_same_logits(model, dtype, tolerance):
     packed = copy.deepcopy(model)
-    prepare_for_generation(packed, dtype)
+    prepare_for_inference(packed, dtype)
     # No matrix is held twice, except that of the tied embedding.
     assert all(name.startswith(("wte", "wpe")) or p.ndim == 1 for name, p in packed.named_parameters())
     assert "lm_head" in vars(packed)
