@@ -32,13 +32,19 @@ def permute_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarra
     return out.astype(np.int64)
 
 
+def epoch_offset(seq_len: int, seed: int, epoch: int) -> int:
+    """Return by how many tokens, below `seq_len`, the sequences of an epoch are shifted; 0 in the first."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(7, np.uint64)[6] % seq_len) if epoch else 0
+
+
 class DataLoaderLite:
     """Batches of sequences from the shards of one split.
 
     A sequence is `seq_len` input tokens; the targets are the inputs shifted by one. Every shard is cut into sequences
-    from its start. Epoch e visits each sequence once, in an order given by (seed, e). Step s takes the next
-    `total_batch_size / seq_len` sequences, split across micro-steps and ranks: the tokens of a step depend on (seed, s)
-    alone, and the loader has no position of its own.
+    from its start. Epoch e visits each sequence once, in an order given by (seed, e); from the second epoch on the cuts
+    are shifted by an offset that is given by it, too, so that a text is not seen in the same pieces again. Step s takes
+    the next `total_batch_size / seq_len` sequences, split across micro-steps and ranks: the tokens of a step depend on
+    (seed, s) alone, and the loader has no position of its own.
 
     Raises UserError for shards that are missing, unreadable or shorter than one sequence, for a batch that does not
     divide, and, when they are read, for token ids outside the vocabulary.
@@ -66,16 +72,17 @@ class DataLoaderLite:
         """Return this rank's micro-batch: (x, y), each (B, T) int64 on the loader's device."""
         micro_batches = (step * self.grad_accum_steps + micro_step) * self.world_size + self.rank  # before this one
         positions = micro_batches * self.micro_batch_size + np.arange(self.micro_batch_size)
-        return self.load_batch(self.sequence_at(positions))
+        return self.load_batch(*self.sequences_at(positions))
 
-    def sequence_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the sequence at each position (B,) of the run's endless succession of epochs."""
+    def sequences_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sequences at these positions (B,) of the run's endless succession of epochs, and their offsets."""
         epochs, index = np.divmod(positions, self.n_sequences)
-        sequences = np.empty_like(index)
-        for epoch in np.unique(epochs):
+        sequences, offsets = np.empty_like(index), np.empty_like(index)
+        for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            sequences[chosen] = permute_index(index[chosen], self.n_sequences, self.seed, int(epoch))
-        return sequences
+            sequences[chosen] = permute_index(index[chosen], self.n_sequences, self.seed, epoch)
+            offsets[chosen] = epoch_offset(self.seq_len, self.seed, epoch)
+        return sequences, offsets
 
     def eval_batches(self, eval_tokens: int) -> list[np.ndarray]:
         """Return this rank's part of the first `eval_tokens` tokens (at least one sequence), in order and each sequence
@@ -88,12 +95,16 @@ class DataLoaderLite:
         sequences = np.arange(self.rank, count, self.world_size)
         return [sequences[i:i + self.micro_batch_size] for i in range(0, len(sequences), self.micro_batch_size)]
 
-    def load_batch(self, sequences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens of the given sequences (B,) as (x, y), each (B, T) int64 on the loader's device."""
+    def load_batch(self, sequences: np.ndarray, offsets: np.ndarray | int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens of sequences (B,) as (x, y), each (B, T) int64 on the loader's device.
+
+        offsets (B,): how many tokens later each begins; the last one of a shard ends with it at the latest.
+        """
         rows = np.empty((len(sequences), self.seq_len + 1), dtype=np.int64)
-        for row, sequence in zip(rows, sequences, strict=True):
+        for row, sequence, offset in zip(rows, sequences, np.broadcast_to(offsets, sequences.shape), strict=True):
             shard = np.searchsorted(self.shard_offsets, sequence, side="right") - 1
-            start = (sequence - self.shard_offsets[shard]) * self.seq_len
+            start = (sequence - self.shard_offsets[shard]) * self.seq_len + offset
+            start = min(start, len(self.shards[shard]) - self.seq_len - 1)
             row[:] = self.shards[shard][start:start + self.seq_len + 1]
             if row.min() < 0 or row.max() >= self.vocab_size:
                 at = np.flatnonzero((row < 0) | (row >= self.vocab_size))[0]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.dataloader import DataLoaderLite, grad_accum_steps, permute_index
+from gpt.dataloader import DataLoaderLite, epoch_offset, grad_accum_steps, permute_index
 from gpt.errors import UserError
 
 
@@ -19,9 +19,10 @@ def make_shards(folder, lengths, split="train", dtype=np.uint16):
         np.save(folder / f"{split}_{index:05d}.npy", tokens)
 
 
-def sequence_starts(lengths):
-    """Return the first token of each sequence of 8, in order: every shard is cut from its start."""
-    return [sum(lengths[:index]) + start for index, length in enumerate(lengths) for start in range(0, length - 8, 8)]
+def sequence_starts(lengths, offset=0):
+    """Return the first token of each sequence of 8, in order: every shard is cut from `offset` on, to its end."""
+    return [sum(lengths[:index]) + min(start + offset, length - 9) for index, length in enumerate(lengths)
+            for start in range(0, length - 8, 8)]
 
 
 def loader(folder, **changes):
@@ -64,8 +65,22 @@ def test_epochs_visit_every_sequence_once(tmp_path_factory, lengths, dtype, per_
     make_shards(folder, lengths, dtype=dtype)
     train = loader(folder, micro_batch_size=per_step, total_batch_size=8 * per_step)
     seen = [start for step in range(3 * len(expected)) for start in starts(train.batch(step, 0))]
-    for epoch in range(3):
-        assert sorted(seen[epoch * len(expected):(epoch + 1) * len(expected)]) == expected
+    assert sorted(seen[:len(expected)]) == expected
+    for epoch in (1, 2):
+        in_epoch, offset = sorted(seen[epoch * len(expected):(epoch + 1) * len(expected)]), epoch_offset(8, 1337, epoch)
+        assert in_epoch == sequence_starts(lengths, offset)
+
+
+def test_offsets_move_the_cuts_of_later_epochs(tmp_path):
+    """A token is seen once per epoch, but for the first ones of a shard and its last sequence."""
+    offsets = [epoch_offset(8, seed, epoch) for seed in range(20) for epoch in range(1, 20)]
+    assert set(offsets) == set(range(8)) and {epoch_offset(8, seed, 0) for seed in range(20)} == {0}
+    make_shards(tmp_path, [100, 60])
+    train = loader(tmp_path, micro_batch_size=19, total_batch_size=19 * 8)  # a step is an epoch
+    for epoch in range(1, 6):
+        counts, offset = np.bincount(train.batch(epoch, 0)[0].flatten(), minlength=160), epoch_offset(8, 1337, epoch)
+        for shard in np.split(counts, [100]):
+            assert not shard[:offset].any() and (shard[offset:-9] == 1).all() and shard.max() <= 2
 
 
 def test_sequences_of_a_step_depend_on_seed_and_step_alone(tmp_path):
@@ -82,7 +97,7 @@ def test_sequences_of_a_step_depend_on_seed_and_step_alone(tmp_path):
         for step in (19, 0, 7):
             assert sequences(step, world_size, micro_batch_size) == sequences(step)
     assert sequences(0, seed=1) != sequences(0)
-    first_epoch, second_epoch = loader(tmp_path).sequence_at(np.arange(2 * 151)).reshape(2, 151)
+    first_epoch, second_epoch = loader(tmp_path).sequences_at(np.arange(2 * 151))[0].reshape(2, 151)
     assert not np.array_equal(first_epoch, second_epoch)
 
 

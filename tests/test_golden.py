@@ -23,8 +23,10 @@ def test_first_ten_losses_of_a_tiny_run(byte_data, tmp_path):
 def test_order_of_the_first_sequences(byte_data):
     """For seed 1337 and the 998 sequences of this data, in the first and in the second epoch."""
     loader = DataLoaderLite(byte_data, "train", micro_batch_size=4, seq_len=32, vocab_size=256, total_batch_size=256)
-    assert loader.sequence_at(np.arange(12)).tolist() == [921, 400, 846, 413, 67, 801, 523, 573, 906, 270, 835, 268]
-    assert loader.sequence_at(np.arange(998, 1004)).tolist() == [601, 435, 904, 770, 655, 480]
+    first, offsets = loader.sequences_at(np.arange(12))
+    assert first.tolist() == [921, 400, 846, 413, 67, 801, 523, 573, 906, 270, 835, 268] and not offsets.any()
+    second, offsets = loader.sequences_at(np.arange(998, 1004))
+    assert second.tolist() == [601, 435, 904, 770, 655, 480] and offsets.tolist() == [27] * 6
 
 
 def test_tokens_of_a_shard(tmp_path):
