@@ -1,4 +1,4 @@
-"""Kill a run again and again and compare what it ends with: python -m tests.soak --kills 100, or with --ranks 2
+"""Kill a run again and again and compare what it ends with: python -m benchmarks.soak --kills 100, or with --ranks 2
 
 One run is left alone. Another one with the same flags is killed with SIGKILL at random moments and started again until
 it has been killed often enough, and then left to finish. Every number and every weight must be those of the first.
