@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: rando
     launch: starts the run, its standard output in the file it is given. Each life has up to a second of training. One
     kill in four waits for the next save to begin, which is short. Of several ranks one is killed.
     """
-    doing, output = Counter(), log_dir.parent / "output.txt"
+    output, doing = log_dir.parent / "output.txt", Counter[str]()
     for life in range(kills + 1):
         output.write_text("")
         process = launch(output)
@@ -58,7 +59,7 @@ def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: rando
 def what_it_did(log_dir: Path) -> str:
     """Return what a killed run was doing, as far as its files tell."""
     lines = (log_dir / "metrics.jsonl").read_text().splitlines() if (log_dir / "metrics.jsonl").exists() else []
-    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"split": None}
+    last: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"split": ""}
     if list(log_dir.glob(".*.pt.tmp")):
         return "saving"
     return "validating" if last["split"] == "train" and (last["step"] + 1) % 2 == 0 else "training"
@@ -77,14 +78,14 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--max_steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         save_shards(folder, np.array(Tokenizer().encode(TEXT.read_text()), dtype=np.uint16), 5000, 9000)
         torchrun = ["torchrun", "--standalone", f"--nproc_per_node={args.ranks}"] if args.ranks > 1 else []
 
