@@ -41,9 +41,10 @@ class DataLoaderLite:
     """Batches of sequences from the shards of one split.
 
     A sequence is `seq_len` input tokens; the targets are the inputs shifted by one. Every shard is cut into sequences
-    from its start. Epoch e visits each sequence once, in an order given by (seed, e); from the second epoch on the cuts
-    are shifted by an offset that is given by it, too, so that a text is not seen in the same pieces again. Step s takes
-    the next `total_batch_size / seq_len` sequences, split across micro-steps and ranks: the tokens of a step depend on
+    from its start. Epoch e visits each sequence once, in an order given by (seed, e). From the second epoch on
+    all cuts move right by an offset below `seq_len`, also given by (seed, e), so that a text is not seen in the same
+    pieces again; the shard's first `offset` tokens are left out, and its last sequence ends with it. Step s takes the
+    next `total_batch_size / seq_len` sequences, split across micro-steps and ranks: the tokens of a step depend on
     (seed, s) alone, and the loader has no position of its own.
 
     Raises UserError for shards that are missing, unreadable or shorter than one sequence, for a batch that does not
@@ -98,7 +99,7 @@ class DataLoaderLite:
     def load_batch(self, sequences: np.ndarray, offsets: np.ndarray | int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens of sequences (B,) as (x, y), each (B, T) int64 on the loader's device.
 
-        offsets (B,): how many tokens later each begins; the last one of a shard ends with it at the latest.
+        offsets (B,): how many tokens later each begins; one that would run past its shard's end is moved back.
         """
         rows = np.empty((len(sequences), self.seq_len + 1), dtype=np.int64)
         for row, sequence, offset in zip(rows, sequences, np.broadcast_to(offsets, sequences.shape), strict=True):

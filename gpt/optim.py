@@ -18,7 +18,8 @@ NEWTON_SCHULZ = ((8.0195, -22.9987, 16.8990), (3.6414, -2.7254, 0.5369), (2.6684
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return U Vᵀ of the singular value decomposition U S Vᵀ of each matrix, approximately; (B, M, N), M at most N."""
-    X = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    # 1.01: rounded to above 1, a singular value would grow to many times its size.
+    X = matrices / (1.01 * matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in NEWTON_SCHULZ:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)

@@ -95,7 +95,7 @@ def test_muon_with_adamw_updates_as_two_optimizers_would(monkeypatch):
             each.step()
     for name, p in model.named_parameters():
         change, expected = p - start[name], torch.cat(parts[name]) - start[name]
-        assert (change - expected).norm() < 0.1 * expected.norm(), name  # bfloat16, and small singular values
+        assert (change - expected).norm() < 0.2 * expected.norm(), name  # bfloat16, and the factor 1.01
 
 
 def test_orthogonalize_keeps_singular_vectors_and_levels_their_values():
@@ -105,3 +105,5 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_their_values():
     levelled = u.mT @ orthogonal @ v
     assert (levelled - torch.diag_embed(levelled.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
     assert levelled.diagonal(dim1=1, dim2=2).min() > 0.72 and levelled.diagonal(dim1=1, dim2=2).max() < 1.28
+    rank_one = (u[:, :, :1] @ v[:, :, :1].mT).bfloat16()
+    assert torch.linalg.matrix_norm(orthogonalize(rank_one).float(), 2).max() < 1.3
