@@ -45,7 +45,7 @@ class DataLoaderLite:
     all cuts move right by an offset below `seq_len`, also given by (seed, e), so that a text is not seen in the same
     pieces again; the shard's first `offset` tokens are left out, and its last sequence ends with it. Step s takes the
     next `total_batch_size / seq_len` sequences, split across micro-steps and ranks: the tokens of a step depend on
-    (seed, s) alone, and the loader has no position of its own.
+    (seed, s) alone, so the loader has no position to save.
 
     Raises UserError for shards that are missing, unreadable or shorter than one sequence, for a batch that does not
     divide, and, when they are read, for token ids outside the vocabulary.

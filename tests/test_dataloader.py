@@ -20,7 +20,7 @@ def make_shards(folder, lengths, split="train", dtype=np.uint16):
 
 
 def sequence_starts(lengths, offset=0):
-    """Return the first token of each sequence of 8, in order: every shard is cut from `offset` on, to its end."""
+    """Return the first token of each sequence of 8, in order: cuts start at `offset` in every shard."""
     return [sum(lengths[:index]) + min(start + offset, length - 9) for index, length in enumerate(lengths)
             for start in range(0, length - 8, 8)]
 

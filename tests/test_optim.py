@@ -95,7 +95,7 @@ def test_muon_with_adamw_updates_as_two_optimizers_would(monkeypatch):
             each.step()
     for name, p in model.named_parameters():
         change, expected = p - start[name], torch.cat(parts[name]) - start[name]
-        assert (change - expected).norm() < 0.2 * expected.norm(), name  # bfloat16, and the factor 1.01
+        assert (change - expected).norm() < 0.1 * expected.norm(), name  # bfloat16, and small singular values
 
 
 def test_orthogonalize_keeps_singular_vectors_and_levels_their_values():
