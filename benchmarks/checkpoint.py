@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=list(GPT2_CONFIGS), default="gpt2")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=".", help="a folder on the disk to measure")
+    parser.add_argument("--folder", default=".", help="folder on the disk to measure")
     args = parser.parse_args()
     model = GPT(GPTConfig(**GPT2_CONFIGS[args.size]))
     optimizer = configure_optimizer(model, "adamw", lr=1e-9, weight_decay=0.0, betas=(0.9, 0.95))

@@ -1,4 +1,4 @@
-"""Time several ways to do the same thing in turn."""
+"""Time alternative implementations in turn."""
 
 import statistics
 import subprocess
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 def compare(title: str, unit: str, ways: dict[str, Callable[[], float]], rounds: int) -> None:
-    """Print the median of what each way returns, a rate in `unit`, and its ratio to the first way with its range.
+    """Print the median rate of each way, in `unit`, and the median and range of its ratio to the first way.
 
-    In each round every way runs once: what else the machine does then slows all of them.
+    Every way runs once per round, so that other load on the machine slows all of them.
     """
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -23,7 +23,7 @@ def compare(title: str, unit: str, ways: dict[str, Callable[[], float]], rounds:
 
 
 def python(*args: object) -> str:
-    """Run `python -m …` with this interpreter and return its standard output; if it fails, print why and exit."""
+    """Run `python -m …` with this interpreter and return its standard output; on failure print its errors and exit."""
     done = subprocess.run([sys.executable, "-m", *map(str, args)], text=True, capture_output=True)
     return sys.exit(done.stderr) if done.returncode else done.stdout
 

@@ -1,6 +1,6 @@
-"""Generation against transformers, greedy, with a KV cache, in float32: python -m benchmarks.generate
+"""Greedy generation with a KV cache in float32, against transformers: python -m benchmarks.generate
 
-Both have random weights of GPT-2 124M and alternate, each in a separate process. Other flags go to scripts.bench.
+Both are GPT-2 124M with random weights and alternate, each in a separate process. Other flags go to scripts.bench.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # be the process that runs transformers
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # run transformers in this process
     args, flags = parser.parse_known_args()
     for B in args.batch_sizes:
         if args.peer:

@@ -1,7 +1,7 @@
-"""Everything that needs a GPU, in ten minutes: python -m benchmarks.gpu_check, or make gpu-check
+"""Run all tests and benchmarks that need a GPU, in ten minutes: python -m benchmarks.gpu_check, or make gpu-check
 
-Runs the tests marked `cuda`, then scripts.bench with GPT-2 124M. What fails or runs out of time says why, and the rest
-is still measured; the exit status is then 1.
+Runs the tests marked `cuda`, then scripts.bench with GPT-2 124M. If a part fails or times out, it is reported, the
+others still run, and the exit status is 1.
 """
 
 import argparse
@@ -15,24 +15,24 @@ import torch
 
 BUDGET, TESTS_LIMIT, BENCH_LIMIT = 570, 240, 150  # seconds
 TRAIN = [("adamw", 16, 256), ("adamw", 16, 1024), ("adamw", 64, 1024), ("muon", 16, 1024), ("muon", 64, 1024)]
-PEERS = """Others, on one GPU:
+PEERS = """For comparison, on one GPU:
   64x1024, H100: 418,821 tokens/s, 36.2% MFU (plain GPT-2 with a fused loss)
   16x1024, H100: 319,727 tokens/s, 10.3 GB
   64x1024, H200: 489,700 tokens/s"""
-# With --quick: a model of seconds on any device, to try this script.
+# --quick: a tiny model that takes seconds on any device, to test this script.
 QUICK = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32", "--model.vocab_size", "300"]
 
 
 def run(words: list[str], limit: float) -> tuple[str, str]:
-    """Run `python -m …` for at most `limit` seconds; return its standard output and, if it failed, why."""
+    """Run `python -m …` for at most `limit` seconds; return its standard output and, if it failed, the reason."""
     if limit <= 0:
-        return "", "not run: the time is up"
+        return "", "not run: out of time"
     process = subprocess.Popen([sys.executable, "-m", *words], text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
     try:
         printed, errors = process.communicate(timeout=limit)
-    except BaseException as error:  # the limit, or Ctrl-C
-        os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+    except BaseException as error:  # timeout or Ctrl-C
+        os.killpg(process.pid, signal.SIGKILL)  # with its children
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
         return process.communicate()[0], f"stopped after {limit:.0f} s"
@@ -63,7 +63,7 @@ def main() -> int:
         if error:
             print(f"{' '.join(words)}: {error}", flush=True)
             failed = True
-    print(f"\n{PEERS}\n{time.monotonic() - t0:.0f} s in all")
+    print(f"\n{PEERS}\n{time.monotonic() - t0:.0f} s in total")
     return int(failed)
 
 

@@ -1,6 +1,6 @@
 """HellaSwag examples per second, ours against four full rows per example: python -m benchmarks.hellaswag
 
-Random weights of GPT-2 124M, on the CPU; without --data, examples cut from a play, as long as HellaSwag's.
+GPT-2 124M with random weights, on the CPU; without --data, examples are excerpts of a play with HellaSwag's lengths.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
     for name, predictions in choices.items():
         acc, acc_norm = (predictions == labels).double().mean(1).tolist()
         same = (predictions == choices["reference"]).double().mean().item()
-        print(f"  {name:<12} acc {acc:.4f}, acc_norm {acc_norm:.4f}, {same:.1%} of predictions as the reference's")
+        print(f"  {name:<12} acc {acc:.4f}, acc_norm {acc_norm:.4f}, {same:.1%} of predictions equal the reference's")
 
 
 if __name__ == "__main__":

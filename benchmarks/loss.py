@@ -13,7 +13,7 @@ from gpt.optim import configure_optimizer
 
 
 def bench(title: str, config: GPTConfig, B: int, rounds: int, dtype: torch.dtype) -> None:
-    """Compare whole training steps on B sequences under autocast to `dtype`."""
+    """Compare full training steps on B sequences under autocast to `dtype`."""
     torch.manual_seed(0)
     model = GPT(config)
     optimizer = configure_optimizer(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))

@@ -22,7 +22,7 @@ STEPS, WARMUP = 10, 3
 
 
 def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, B: int, T: int) -> float:
-    """Return the median tokens/s of nanoGPT's training step on random tokens, with train.py's settings for a device:
+    """Return the median tokens/s of nanoGPT's training step on random tokens, with the settings of its train.py:
     compiled and in bfloat16 on CUDA, uncompiled and in float32 on the CPU."""
     sys.path.insert(0, path)
     nano = importlib.import_module("model")
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", required=True)
     parser.add_argument("--shape", nargs="+", default=SHAPES, help="n_layer,n_embd,n_head,vocab_size,batch,length")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # be the process that runs nanoGPT
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # run nanoGPT in this process
     args, flags = parser.parse_known_args()
     for shape in args.shape:
         sizes = list(map(int, shape.split(",")))

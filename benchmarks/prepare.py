@@ -1,6 +1,6 @@
 """scripts.prepare against a multiprocessing.Pool over single documents: python -m benchmarks.prepare --text FILE
 
-Both tokenize the same JSON lines, FILE cut into documents of 1,000 characters and repeated, with the same workers.
+Both tokenize the same JSON lines, FILE cut into documents of 1,000 characters and repeated, with as many workers.
 """
 
 import argparse
@@ -20,12 +20,12 @@ TOKENIZER = Tokenizer()
 
 
 def encode(text: str) -> np.ndarray:
-    """Return a document's tokens after `<|endoftext|>`, uint16."""
+    """Return `<|endoftext|>` and the tokens of a document, uint16."""
     return np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(text)], dtype=np.uint16)
 
 
 def pool(path: Path, workers: int) -> np.ndarray:
-    """Return the tokens of `path`, made as build-nanogpt does: imap over documents, 16 at a time, into one array."""
+    """Return the tokens of `path`, encoded as in build-nanogpt: imap over documents, 16 at a time, into one array."""
     tokens, count = np.empty(path.stat().st_size, dtype=np.uint16), 0
     with path.open("rb") as lines, multiprocessing.Pool(workers) as processes:
         for document in processes.imap(encode, (json.loads(line)["text"] for line in lines), chunksize=16):
@@ -36,7 +36,7 @@ def pool(path: Path, workers: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="a text file to cut into documents")
+    parser.add_argument("--text", type=Path, required=True, help="text file to cut into documents")
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,7 +1,7 @@
-"""Kill a run again and again and compare what it ends with: python -m benchmarks.soak --kills 100, or with --ranks 2
+"""Kill a run repeatedly and compare its results: python -m benchmarks.soak --kills 100, or with --ranks 2
 
-One run is left alone. Another one with the same flags is killed with SIGKILL at random moments and started again until
-it has been killed often enough, and then left to finish. Every number and every weight must be those of the first.
+One run is uninterrupted. Another with the same flags is killed with SIGKILL at random moments and restarted, `--kills`
+times, before it may finish. Every logged number and every weight must equal the first run's.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from gpt import checkpoint
 from gpt.tokenizer import Tokenizer
 from tests.conftest import TEXT, TINY, metrics, save_shards, start, workers
 
-# Validations and saves so often that a kill hits them about as likely as a step.
+# Validate and save so often that a kill hits these about as likely as a step.
 OFTEN = ["--model.dropout", "0.1", "--eval_every", "2", "--eval_tokens", "1024", "--save_every", "3",
          "--sample_every", "0"]
 
 
 def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: random.Random, ranks: int) -> Counter:
-    """Start a run until it ends by itself, after `kills` kills; return how often it was doing what when killed.
+    """Kill and restart a run `kills` times, let it finish, and return how often each phase was hit.
 
-    launch: starts the run, its standard output in the file it is given. Each life has up to a second of training. One
-    kill in four waits for the next save to begin, which is short. Of several ranks one is killed.
+    launch: starts the run with standard output in the given file. It trains for up to a second before each kill; one
+    kill in four waits for the next save, because saves are short. With several ranks, a random one is killed.
     """
     output, doing = log_dir.parent / "output.txt", Counter[str]()
     for life in range(kills + 1):
@@ -42,22 +42,22 @@ def kill_again_and_again(launch: Callable, log_dir: Path, kills: int, rng: rando
         if life < kills:
             began = time.time()
             while "resuming" not in output.read_text() and "saved" not in output.read_text():
-                assert time.time() < began + 120, f"it does not start: {output.read_text()}"
+                assert time.time() < began + 120, f"the run does not start: {output.read_text()}"
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 1))
             deadline = time.time() + (rng.random() < 0.25)
             while time.time() < deadline and not list(log_dir.glob(".*.pt.tmp")):
                 time.sleep(0.001)
             os.kill(rng.choice(workers(process.pid)) if ranks > 1 else process.pid, signal.SIGKILL)
-            assert process.wait() != 0, f"finished before kill {life + 1}: more steps are needed"
+            assert process.wait() != 0, f"finished before kill {life + 1}: raise --max_steps"
             doing[what_it_did(log_dir)] += 1
-        assert "skipping" not in output.read_text()  # no file is ever left half-written under its name
+        assert "skipping" not in output.read_text()  # no file is ever half-written under its final name
     assert process.wait() == 0, output.read_text()
     return doing
 
 
 def what_it_did(log_dir: Path) -> str:
-    """Return what a killed run was doing, as far as its files tell."""
+    """Return the phase in which a run was killed, judging by its files."""
     lines = (log_dir / "metrics.jsonl").read_text().splitlines() if (log_dir / "metrics.jsonl").exists() else []
     last: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"split": ""}
     if list(log_dir.glob(".*.pt.tmp")):
@@ -66,7 +66,7 @@ def what_it_did(log_dir: Path) -> str:
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    """Every record of metrics.jsonl (but the speed) and every weight of every model, to the last bit."""
+    """Assert that all records of metrics.jsonl (except the speed) and all weights are equal to the last bit."""
     for split in ("train", "val"):
         assert metrics(one, split) == metrics(other, split)
     names = {path.name for path in one.iterdir()}

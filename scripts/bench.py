@@ -1,6 +1,6 @@
-"""Measure this machine's speed: python -m scripts.bench train, or generate
+"""Measure the speed of training or generation: python -m scripts.bench train, or generate
 
-The flags of scripts.train choose model and batch, as in --config configs/laptop.yaml. Weights and tokens are random.
+Flags of scripts.train set model and batch, such as --config configs/laptop.yaml. Weights and tokens are random.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ class BenchConfig(train.TrainConfig):
 def main(config: BenchConfig) -> None:
     """Print a table with a column for each measurement; the last row is its tokens/s."""
     if min(config.num_repeats, config.max_new_tokens, *(config.batch_sizes or [0])) < 1:
-        raise UserError(f"num_repeats is {config.num_repeats}, max_new_tokens {config.max_new_tokens}, batch_sizes "
-                        f"{config.batch_sizes}: all must be 1 or more")
+        raise UserError(f"--num_repeats is {config.num_repeats}, --max_new_tokens {config.max_new_tokens}, "
+                        f"--batch_sizes {config.batch_sizes}: all must be 1 or more")
     device = select_device(config.device)
     vocab_size = config.model.vocab_size or read_meta(config.data_root).get("vocab_size", 50257)
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
@@ -53,7 +53,7 @@ def main(config: BenchConfig) -> None:
 
 
 def bench_train(config: BenchConfig, device: torch.device) -> dict[str, float | str]:
-    """Return the speed of training steps as scripts.train takes them."""
+    """Run scripts.train on random tokens and return its speed and memory."""
     V, warmup_steps = config.model.vocab_size, 3
     last_step = warmup_steps + config.num_repeats
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -62,12 +62,12 @@ def bench_train(config: BenchConfig, device: torch.device) -> dict[str, float | 
                 config, data_root=folder, log_dir=folder, init_from="scratch", max_steps=last_step, max_tokens=0,
                 max_epochs=0, patience=0, eval_every=0, save_every=0, sample_every=0, hellaswag_every=0,
                 tensorboard=False, wandb_project=None)):
-            sys.exit(status)  # a signal
+            sys.exit(status)  # stopped by a signal
         records = read_metrics(Path(folder) / "metrics.jsonl")
         memory = peak_memory(device)
         checkpoint = load_pt(Path(folder) / f"model_{last_step:05d}.pt")
     tokens_per_s = statistics.median(record["tokens_per_s"] for record in records[warmup_steps:])
-    run, model = checkpoint["train_config"], GPT.from_checkpoint(checkpoint)  # run: nothing is 0 or "auto" any more
+    run, model = checkpoint["train_config"], GPT.from_checkpoint(checkpoint)  # run: settings without "auto"
     B, T, n = run["micro_batch_size"], run["seq_len"], model.num_parameters()
     peak, flops = peak_flops(device, DTYPES[run["precision"]])[0], flops_per_token(model.config, n, T)
     return {"parameters": f"{n:,}", "optimizer": run["optimizer"], "precision": run["precision"],
@@ -77,9 +77,9 @@ def bench_train(config: BenchConfig, device: torch.device) -> dict[str, float | 
 
 
 def bench_generate(config: BenchConfig, device: torch.device) -> Iterator[dict[str, float | str]]:
-    """Yield the speed of greedy generation after a prompt of one token, for all dtypes and batch sizes.
+    """Yield the speed of greedy generation after a prompt of one token, for each dtype and batch size.
 
-    Its limit is memory bandwidth: each step reads all weights but the position embeddings once.
+    Memory bandwidth is the limit: each step reads all weights but the position embeddings once.
     """
     bandwidth = measured_memory_bandwidth(device)
     for dtype in config.dtypes:
@@ -97,13 +97,13 @@ def bench_generate(config: BenchConfig, device: torch.device) -> Iterator[dict[s
 
 
 def measured_memory_bandwidth(device: torch.device) -> float:
-    """Return how many bytes per second `device` reads from its memory, timed now: the best of five."""
-    a = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)  # more than a cache holds
+    """Measure how many bytes per second `device` reads from its memory: the best of five runs."""
+    a = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)  # larger than any cache
     return a.nbytes / min(timeit.repeat(lambda: a.sum().item(), number=1, repeat=5))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use so far: by tensors on a GPU, else by this process."""
+    """Return the peak memory so far in bytes: of tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # Windows has none

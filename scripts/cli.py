@@ -25,16 +25,16 @@ REGISTRY = ConstructorRegistry()
 class CheckpointConfig:
     """Settings of all commands that use a trained model."""
 
-    checkpoint: str | None = None  # a model_<step>.pt, or a Hugging Face folder or name
-    log_dir: str = "log"  # run whose newest checkpoint is used by default
+    checkpoint: str | None = None  # model_<step>.pt, Hugging Face folder or model name; unset: newest in log_dir
+    log_dir: str = "log"  # run folder; its newest checkpoint is used by default
 
 
 def run_cli(main: Callable[[Any], int | None], config_class: type) -> None:
-    """Call `main` with the settings of the command line and exit with the status that it returns.
+    """Call `main` with the settings from the command line and exit with the status it returns.
 
     Every field of `config_class` is a flag and a key of a `--config` YAML file; flags override the file.
     """
-    with contextlib.suppress(AttributeError, OSError):  # a character that the console lacks must not end a run
+    with contextlib.suppress(AttributeError, OSError):  # an unprintable character must not end a run
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         status = main(parse_args(config_class, sys.argv[1:]))
@@ -59,9 +59,9 @@ def run_cli(main: Callable[[Any], int | None], config_class: type) -> None:
 
 
 def parse_args(config_class: type, args: Sequence[str]) -> Any:
-    """Return an instance of `config_class` from the command line, where `--config FILE` stands for a file's settings.
+    """Return a `config_class` built from command-line arguments; `--config FILE` inserts the settings of a YAML file.
 
-    Raises UserError for a file that cannot be read, SystemExit after tyro has printed the help or rejected a flag.
+    Raises UserError if the file cannot be read, SystemExit after tyro has printed the help or rejected a flag.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
@@ -101,7 +101,7 @@ def read_yaml(path: str) -> dict:
 
 
 def yaml_flags(settings: dict, prefix: str = "--") -> Iterator[str]:
-    """Yield the flags that say what a YAML mapping says: `model: {n_layer: 4}` is `--model.n_layer 4`."""
+    """Yield the settings of a YAML mapping as flags: `model: {n_layer: 4}` becomes `--model.n_layer 4`."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from yaml_flags(value, f"{prefix}{key}.")
@@ -113,7 +113,7 @@ def yaml_flags(settings: dict, prefix: str = "--") -> Iterator[str]:
 
 @REGISTRY.primitive_rule
 def bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Take booleans as YAML and as Python spell them. A flag without a value is true."""
+    """Accept booleans in YAML or Python spelling; a flag without a value is true."""
     return None if info.type is not bool else PrimitiveConstructorSpec(
         nargs=(0, 1), metavar="{true,false}", choices=("true", "false", "True", "False"),
         is_instance=lambda v: isinstance(v, bool), str_from_instance=lambda v: [str(v).lower()],
@@ -122,14 +122,14 @@ def bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 @REGISTRY.primitive_rule
 def str_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    r"""Show a newline in a default value as \n."""
+    r"""Show newlines in default values as \n."""
     return None if info.type is not str else PrimitiveConstructorSpec(
         nargs=1, metavar="STR", is_instance=lambda v: isinstance(v, str),
         instance_from_str=lambda words: words[0], str_from_instance=lambda v: [v.replace("\n", "\\n")])
 
 
 def print_error(message: str) -> None:
-    """Print an error, once for all ranks of torchrun."""
+    """Print an error to standard error, once for all ranks of torchrun."""
     rank, dist = int(os.environ.get("RANK", 0)), sys.modules.get("torch.distributed")
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not (dist and dist.is_initialized()):
         time.sleep(10)  # local rank 0 prints the same error, and torchrun then stops this rank
@@ -142,10 +142,10 @@ def redirect_stdout_to_devnull() -> None:
 
 
 def find_checkpoint(config: CheckpointConfig, note: str = "") -> tuple[str, dict]:
-    """Return the name and the content of the checkpoint to use, and print the name, with `note`, to standard error.
+    """Return the name and content of the checkpoint to use, and print the name and `note` to standard error.
 
     Raises UserError if there is none."""
-    from gpt import checkpoint  # PyTorch takes seconds to import, and prepare_shakespeare.py does without
+    from gpt import checkpoint  # PyTorch takes seconds to import, and prepare_shakespeare.py does not need it
 
     if (source := config.checkpoint) is not None:
         content = checkpoint.load_checkpoint(source)
@@ -162,7 +162,7 @@ def find_checkpoint(config: CheckpointConfig, note: str = "") -> tuple[str, dict
 def load_model(config: CheckpointConfig, device: Any, note: str = "") -> tuple[str, Any, Any]:
     """Return the name, the model (`gpt.model.GPT` on `device`, in eval mode) and the tokenizer of a checkpoint.
 
-    See `find_checkpoint`. Raises UserError, also for a checkpoint without a tokenizer."""
+    See `find_checkpoint`. Raises UserError if there is no checkpoint or if it has no tokenizer."""
     from gpt.model import GPT
     from gpt.tokenizer import Tokenizer
 

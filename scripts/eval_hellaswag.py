@@ -1,4 +1,4 @@
-"""Accuracy of a model on HellaSwag: python -m scripts.eval_hellaswag, or torchrun … scripts/eval_hellaswag.py"""
+"""Evaluate a model on HellaSwag: python -m scripts.eval_hellaswag, or torchrun … scripts/eval_hellaswag.py"""
 
 import json
 import sys
@@ -21,23 +21,23 @@ from scripts import cli
 
 @dataclass
 class HellaSwagConfig(cli.CheckpointConfig):
-    """Settings of scripts.eval_hellaswag; log_dir gets hellaswag.json."""
+    """Settings of scripts.eval_hellaswag; hellaswag.json is written to log_dir."""
 
     data: str | None = None  # HellaSwag .jsonl file; unset: download from HF hub
     limit: int = 0  # evaluate the first N examples; 0: all 10,042
     device: str = "auto"  # auto, cuda, mps or cpu
-    precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 where native
+    precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 if native, else float32
 
 
 def main(config: HellaSwagConfig) -> None:
     """Evaluate on all ranks, print the accuracies and write them to log_dir/hellaswag.json."""
     if config.limit < 0:
-        raise UserError(f"limit is {config.limit}: it must be 0 (all) or more")
+        raise UserError(f"--limit is {config.limit}: must be 0 (all examples) or more")
     with init_distributed(config.device, rank_timeout=3600) as dist:
         examples = load_examples(config.data, config.limit)
         source, model, tokenizer = cli.load_model(config, dist.device)
         path = Path(config.log_dir) / "hellaswag.json"
-        path.parent.mkdir(parents=True, exist_ok=True)  # if this fails, then before the evaluation
+        path.parent.mkdir(parents=True, exist_ok=True)  # if this fails, it should be before the evaluation
         precision = select_precision(config.precision, dist.device)
         if precision == "float32":
             prepare_for_inference(model, torch.float32)

@@ -1,4 +1,4 @@
-"""Perplexity of a text under a model: python -m scripts.eval_perplexity --data my_text.txt"""
+"""Measure the perplexity of a text under a model: python -m scripts.eval_perplexity --data my_text.txt"""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class PerplexityConfig(cli.CheckpointConfig):
 
     data: str  # text file, or folder with val_*.npy
     stride: int = 0  # tokens between sliding windows; 0: half the context
-    batch_size: int = 4  # windows per forward pass; lower if OOM
+    batch_size: int = 4  # sliding windows per forward pass; lower if out of memory
     device: str = "auto"  # auto, cuda, mps or cpu
 
 
@@ -35,11 +35,11 @@ def main(config: PerplexityConfig) -> None:
     T = model.config.block_size
     stride = config.stride or T // 2
     if not 1 <= stride <= T or config.batch_size < 1:
-        raise UserError(f"stride is {stride} and batch_size is {config.batch_size}: expected a stride of at most the "
-                        f"model's context, {T} tokens, and a batch_size of 1 or more")
+        raise UserError(f"--stride is {stride} and --batch_size is {config.batch_size}: expected a stride of 1 to {T} "
+                        f"(the model's context length) and a batch size of 1 or more")
     shards = [tokens for tokens in read_tokens(Path(config.data), tokenizer) if len(tokens) > 1]
     if not shards:
-        raise UserError(f"data {config.data!r} has fewer than two tokens: there is nothing to predict")
+        raise UserError(f"--data {config.data} has fewer than two tokens: pass a longer text")
     token_lengths = tokenizer.token_lengths(model.config.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with tqdm(total=sum(map(len, shards)), unit="token", unit_scale=True, disable=None) as bar:
@@ -59,13 +59,13 @@ def read_tokens(data: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
     if data.is_dir():
         data_tokenizer = read_tokenizer(data, read_meta(data))
         if data_tokenizer and data_tokenizer.name != tokenizer.name:
-            raise UserError(f"data {str(data)!r} has the tokenizer {data_tokenizer.name}, the model has "
-                            f"{tokenizer.name}: prepare the data with the tokenizer of the model")
+            raise UserError(f"--data {data} has tokenizer {data_tokenizer.name}, but the model has {tokenizer.name}: "
+                            f"prepare the data with the model's tokenizer")
         return [open_shard(path) for path in find_shards(data, "val")]
     try:
         return [np.array(tokenizer.encode(data.read_bytes().decode()), dtype=np.int64)]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data {str(data)!r} cannot be read ({error}): expected a text file in UTF-8, or a folder with "
+        raise UserError(f"--data {data} cannot be read ({error}): pass a UTF-8 text file or a folder with "
                         f"val_*.npy") from None
 
 

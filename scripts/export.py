@@ -1,4 +1,4 @@
-"""Write a trained model as a folder that Hugging Face's tools load: python -m scripts.export --out my_gpt2"""
+"""Export a trained model in Hugging Face format: python -m scripts.export --out my_gpt2"""
 
 import os
 import shutil
@@ -24,11 +24,11 @@ def main(config: ExportConfig) -> None:
     """Write config.json, generation_config.json, model.safetensors, the tokenizer and a model card: all or nothing."""
     out = Path(config.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out {config.out!r} is there already: pass a new or an empty folder")
+        raise UserError(f"--out {config.out} exists and is not empty: choose another folder or delete it")
     source, checkpoint = cli.find_checkpoint(config)
     card = model_card(Path(source), checkpoint)
     tmp_dir = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(tmp_dir, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(tmp_dir, ignore_errors=True)  # left by an export that was killed
     try:
         tmp_dir.mkdir(parents=True)
         save_pretrained(checkpoint, tmp_dir)
@@ -37,12 +37,12 @@ def main(config: ExportConfig) -> None:
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
     if not checkpoint.get("tokenizer"):
-        print("the model was trained on raw token ids: the folder has no tokenizer")
-    print(f"wrote {config.out}: transformers.AutoModelForCausalLM.from_pretrained({config.out!r}) loads it")
+        print("no tokenizer exported: the model was trained on raw token ids")
+    print(f"wrote {config.out}: load it with transformers.AutoModelForCausalLM.from_pretrained({config.out!r})")
 
 
 def model_card(source: Path, checkpoint: dict) -> str:
-    """Return a README.md for the checkpoint from the file `source`: data, tokens, losses and settings of its run."""
+    """Return a README.md for the checkpoint loaded from `source`: data, tokens, val loss and settings of its run."""
     model, step = checkpoint["config"], checkpoint["step"]
     n_params = sum(tensor.numel() for tensor in checkpoint["model"].values())
     paragraphs = [

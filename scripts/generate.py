@@ -1,7 +1,7 @@
-"""Write text with a trained model: python -m scripts.generate --prompt "Once upon a time"
+"""Generate text with a trained model: python -m scripts.generate --prompt "Once upon a time"
 
-Without --prompt, a terminal asks for prompts; the k-th (from 0) uses seed + k, so that a session is reproducible.
-Elsewhere, as in a pipe, the prompt is a newline. <|endoftext|> in a prompt is the special token.
+Without --prompt it asks for prompts on a terminal; prompt k (from 0) uses seed + k, so sessions are reproducible.
+In a pipe, the prompt is then a newline. <|endoftext|> in a prompt is the special token.
 """
 
 import contextlib
@@ -24,36 +24,36 @@ from scripts import cli
 class GenerateConfig(cli.CheckpointConfig):
     """Settings of scripts.generate."""
 
-    prompt: str = "\n"  # text to continue; a newline: ask on a terminal
+    prompt: str = "\n"  # text to continue; a newline: ask for prompts if on a terminal
     max_new_tokens: int = 200  # new tokens per sample
     num_samples: int = 1  # samples per prompt
-    temperature: float = 0.8  # 0: greedy; higher: more random
+    temperature: float = 0.8  # sampling temperature; 0: greedy, higher: more random
     top_k: int = 200  # sample from the k most likely tokens; 0: all
     top_p: float = 1.0  # nucleus sampling threshold; 1: off
     seed: int = 1337  # random seed for sampling
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # weights; auto: bfloat16 where it is native
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # weight dtype; auto: bfloat16 if native, else float32
 
 
 def main(config: GenerateConfig) -> None:
-    """Load a checkpoint and continue the prompt; the checkpoint and the dtype are printed on standard error."""
+    """Continue the prompt with a checkpoint; print the checkpoint and the dtype to standard error."""
     check_config(config)
     device, dtype = select_device(config.device), config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if select_precision("auto", device) == "bf16" else "float32"
     _, model, tokenizer = cli.load_model(config, device, note=f", {dtype}")
     prepare_for_inference(model, getattr(torch, dtype))
-    # None for "not given" would not do: on a command line tyro reads the text `None` as None
+    # the default is not None, because tyro parses the prompt `None` as None
     is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
     (run_interactive if is_interactive else print_samples)(config, model, tokenizer)
 
 
 def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
-    """Ask for prompts and continue each, until Ctrl-D; an empty one is a newline."""
+    """Ask for prompts and continue each until Ctrl-D; an empty prompt is a newline."""
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401  # gives input() line editing and history
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # an invalid byte must not end the session
-    print("type a prompt, or Enter for none; Ctrl-C stops a text, Ctrl-D exits", file=sys.stderr)
+    print("type a prompt, or Enter for none; Ctrl-C stops a sample, Ctrl-D exits", file=sys.stderr)
     seed = config.seed
     while True:
         try:
@@ -62,7 +62,7 @@ def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) ->
             print_samples(turn_config, model, tokenizer)
         except UserError as error:
             cli.print_error(str(error))
-        except KeyboardInterrupt:  # ends only the current text or input line
+        except KeyboardInterrupt:  # ends only the current sample or input line
             print()
         except EOFError:
             print()  # the shell's prompt gets its own line
@@ -83,11 +83,11 @@ def check_config(config: GenerateConfig) -> None:
     """Raise UserError for an invalid setting."""
     for name, least in (("temperature", 0), ("top_k", 0), ("seed", 0), ("max_new_tokens", 1), ("num_samples", 1)):
         if not least <= getattr(config, name) < 2**63:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be {least} or more, and below 2^63")
+            raise UserError(f"--{name} is {getattr(config, name)}: must be {least} or more, and below 2^63")
     if not 0 < config.top_p <= 1:
-        raise UserError(f"top_p is {config.top_p}: it must be above 0 and at most 1")
+        raise UserError(f"--top_p is {config.top_p}: must be above 0 and at most 1")
     if not config.prompt:
-        raise UserError("the prompt is empty: pass some text, or leave --prompt out")
+        raise UserError("--prompt is empty: pass some text or omit the flag")
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ TITLES = {"loss": "loss (nats per token): training (pale), moving average (thick
           "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second"}
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 SMOOTHING_FRACTION = 0.04  # window of the moving average, as a fraction of the run
-SKIP_FRACTION = 0.05  # first part of the run, where a curve may be outside the axis limits
+SKIP_FRACTION = 0.05  # first fraction of the run, which the axis limits ignore
 
 
 @dataclass
 class PlotConfig:
     """Settings of scripts.plot."""
 
-    runs: Positional[list[str]] = field(default_factory=lambda: ["log"])  # folders of the runs (their log_dir)
+    runs: Positional[list[str]] = field(default_factory=lambda: ["log"])  # run folders: the log_dir of each run
     x: Literal["steps", "tokens"] = "steps"  # unit of the x axis
     out: str | None = None  # image file; unset: plot.png in the first run
 
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
 
 
 def legend_labels(runs: list[Run]) -> list[str]:
-    """Return for each run its name, best loss, and as many of the settings in which the runs differ as have room."""
+    """Return a label for each run: its name, best loss and the settings in which the runs differ, truncated to fit."""
     all_keys = dict.fromkeys(key for run in runs for key in run.settings if key != "log_dir")  # ordered
     keys = [key for key in all_keys if len({str(run.settings[key]) for run in runs if key in run.settings}) > 1]
     labels = []
@@ -94,13 +94,13 @@ def legend_labels(runs: list[Run]) -> list[str]:
 
 
 def plot_runs(runs: list[Run], x_axis: str) -> Figure:
-    """Return a figure of the runs over "steps" or "tokens". Raises UserError if a run's tokens are not known."""
+    """Return a figure of the runs over "steps" or "tokens". Raises UserError if a run's tokens are unknown."""
     rcParams.update(RC_PARAMS)  # type: ignore[arg-type]
     figure = Figure(figsize=(10, 7 + 0.2 * len(runs)), dpi=160, layout="constrained")
     panels = figure.subplot_mosaic([["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]], height_ratios=[2, 1])
     for run, label, style in zip(runs, legend_labels(runs), STYLES(), strict=False):  # STYLES() never ends
         if x_axis == "tokens" and "total_batch_size" not in run.settings:
-            raise UserError(f"the tokens of {run.name} are not known because it has no config.yaml: pass --x steps")
+            raise UserError(f"no total_batch_size in {run.name}/config.yaml for --x tokens: pass --x steps")
         x_scale = run.settings["total_batch_size"] if x_axis == "tokens" else 1
         plot_run(panels, run, label, style, x_scale, len(runs))
     for key, panel in panels.items():
@@ -117,7 +117,7 @@ def plot_runs(runs: list[Run], x_axis: str) -> Figure:
 
 
 def plot_run(panels: dict[str, Any], run: Run, label: str, style: dict[str, Any], x_scale: float, n_runs: int) -> None:
-    """Draw one of `n_runs` runs into the panels, at `x_scale` times its steps."""
+    """Draw one of `n_runs` runs into the panels, with x = `x_scale` * step."""
     for key, panel in panels.items():
         steps, values = curve(run.train, key)
         if key != "lr":
@@ -136,7 +136,7 @@ def plot_run(panels: dict[str, Any], run: Run, label: str, style: dict[str, Any]
 
 
 def curve(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps and the values, (N,) each, of the records in which the value is not null or missing."""
+    """Return the steps and the values, (N,) each, of the records whose value is neither null nor missing."""
     steps = np.array([record["step"] for record in records])
     values = np.array([record.get(key) for record in records], dtype=float)  # None becomes nan
     return steps[np.isfinite(values)], values[np.isfinite(values)]

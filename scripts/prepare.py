@@ -37,24 +37,24 @@ SPLITS = ("train", "val")
 class PrepareConfig(TextConfig):
     """Settings of scripts.prepare."""
 
-    val_input: list[str] = field(default_factory=list)  # files for validation; --input is then for training only
-    val_split: str | None = None  # split of the dataset for validation
+    val_input: list[str] = field(default_factory=list)  # validation files; --input is then for training only
+    val_split: str | None = None  # validation split of --dataset; unset: use --val_fraction
     tokenizer: str = "gpt2"  # gpt2, or a folder written by scripts.train_tokenizer
     out: str = "data"  # output folder
     shard_size: int = 100_000_000  # maximum tokens per shard
     num_workers: int = 0  # encoding threads; 0: one per CPU core
-    check: str | None = None  # verify this dataset folder, every token of it, and exit
+    check: str | None = None  # dataset folder to verify, every token of it; nothing is written
 
 
 def main(config: PrepareConfig) -> None:
-    """Write the shards of a text and meta.json; after an interruption, continue from the shards that are there."""
+    """Encode text into shards and write meta.json; after an interruption, resume from the existing shards."""
     if config.check is not None:
         return check_dataset(Path(config.check))
     check_config(config)
     tokenizer, sources = Tokenizer.load(config.tokenizer), find_all_sources(config)
     inputs = hashlib.sha256(repr([(source.path, source.version) for source in sources]).encode()).hexdigest()
     settings = asdict(config) | {"tokenizer": tokenizer.name, "inputs": inputs}
-    for name in ("out", "num_workers", "check"):  # they do not change the shards
+    for name in ("out", "num_workers", "check"):  # these do not affect the shards
         del settings[name]
     t0 = time.perf_counter()
     with dataset_folder(config.out, tokenizer, settings, config.dataset or ", ".join(config.input)) as meta:
@@ -81,17 +81,17 @@ def check_config(config: PrepareConfig) -> None:
     if not config.out:
         raise UserError("--out is empty: pass a folder for the shards")
     if config.val_input and config.val_split:
-        raise UserError("--val_input and --val_split both say what to validate on: pass one of them")
+        raise UserError("--val_input and --val_split are mutually exclusive: pass one of them")
     if config.val_split and (not config.dataset or config.val_split == config.split):
-        raise UserError(f"--val_split {config.val_split} must be a split of --dataset other than --split "
-                        f"{config.split}; with --input, pass --val_input FILE")
+        raise UserError(f"--val_split {config.val_split} needs a --dataset and must differ from --split "
+                        f"{config.split}: with --input, pass --val_input FILE")
     if config.num_workers < 0 or not 1 <= config.shard_size <= 2**32:
         raise UserError(f"--num_workers is {config.num_workers} and --shard_size is {config.shard_size}: expected 0 or "
                         f"more workers and 1 to {2**32:,} tokens")
 
 
 def find_all_sources(config: PrepareConfig) -> list[Source]:
-    """Return all sources, those for validation first. A file for validation, or in --out, is not trained on."""
+    """Return all sources, validation first. Files in --val_input or --out are excluded from training."""
     sources, val_sources = find_sources(config), []
     if config.val_input or config.val_split:
         text = TextConfig(**{each.name: getattr(config, each.name) for each in fields(TextConfig)})
@@ -103,14 +103,14 @@ def find_all_sources(config: PrepareConfig) -> list[Source]:
     sources = [source for source in sources if source.tables is not None or not (
         (path := os.path.realpath(source.path)) in val_paths or path.startswith(out))]
     if not sources:
-        raise UserError("no text for training: all files of --input are in --val_input or in --out")
+        raise UserError("no text for training (all files of --input are in --val_input or --out): pass other files")
     return val_sources + sources
 
 
 def write_shards(config: PrepareConfig, tokenizer: Tokenizer, sources: list[Source],
                  writers: dict[str, ShardWriter]) -> None:
-    """Encode all documents that the writers do not have yet, and save them. Raises UserError if a split is empty."""
-    local = threading.local()  # a tokenizer per thread: 1.4 times as fast as two threads that share one
+    """Encode and write all documents that are not in the shards yet. Raises UserError if a requested split is empty."""
+    local = threading.local()  # one tokenizer per thread: 1.4 times as fast as two threads sharing one
 
     def encode(item: tuple[list[Chunk], float]) -> tuple[dict[str, np.ndarray], float]:
         batch, fraction = item
@@ -138,7 +138,7 @@ def write_shards(config: PrepareConfig, tokenizer: Tokenizer, sources: list[Sour
         raise UserError(f"all of the text is in the val split: lower --val_fraction (now {config.val_fraction}), or "
                         f"pass --val_input FILE")
     if not n_val and (config.val_input or config.val_split):
-        raise UserError("the text for validation is empty: pass another --val_input or --val_split")
+        raise UserError("the validation text is empty: pass another --val_input or --val_split")
     if not n_val and config.val_fraction:
         raise UserError(f"all of the text is in the train split: raise --val_fraction (now {config.val_fraction}), or "
                         f"pass --val_input FILE or, for no validation data, --val_fraction 0")
@@ -146,7 +146,7 @@ def write_shards(config: PrepareConfig, tokenizer: Tokenizer, sources: list[Sour
 
 def skip_documents(batches: Iterable[tuple[list[Chunk], float]], n_begun: dict[str, int]
                    ) -> Iterator[tuple[list[Chunk], float]]:
-    """Drop the first `n_begun - 1` documents of each split: shards hold them whole, the next one perhaps in part."""
+    """Drop the first `n_begun - 1` documents of each split: they are complete; the next may have been cut short."""
     seen = dict.fromkeys(n_begun, 0)
     for batch, fraction in batches:
         kept = []
@@ -158,7 +158,7 @@ def skip_documents(batches: Iterable[tuple[list[Chunk], float]], n_begun: dict[s
 
 
 def ordered_map(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Yield `function(item)` in order, computed in the pool for at most `ahead` items at a time."""
+    """Yield `function(item)` in order; the pool computes up to `ahead` items in advance."""
     futures: deque[Future] = deque()
     for item in items:
         futures.append(pool.submit(function, item))
@@ -169,7 +169,7 @@ def ordered_map(pool: ThreadPoolExecutor, function: Callable, items: Iterable, a
 
 
 def check_dataset(data_root: Path) -> None:
-    """Read every token of a dataset and print what it holds. Raises UserError if meta.json says something else."""
+    """Verify every token of a dataset and print its statistics. Raises UserError if meta.json differs."""
     if not data_root.is_dir():
         raise UserError(f"--check {str(data_root)!r}: no such folder")
     meta = read_meta(data_root)
@@ -188,7 +188,7 @@ def check_dataset(data_root: Path) -> None:
         if tokenizer:
             text = tokenizer.decode(open_shard(paths[0])[:100].tolist())
             print("".join(f"    {line[:110]}\n" for line in text.splitlines()[:4]), end="")
-    print("every token is in the vocabulary" + (", and meta.json is right" if meta else ""))
+    print("all tokens are in the vocabulary" + (", and meta.json is correct" if meta else ""))
 
 
 if __name__ == "__main__":

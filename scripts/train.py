@@ -40,21 +40,21 @@ class TrainConfig:
 
     data_root: str = "shakespeare_data"  # folder with train_*.npy and val_*.npy
     log_dir: str = "log"  # output folder; a run found in it is resumed
-    init_from: str = "scratch"  # or initial weights: a .pt, HF folder or name
+    init_from: str = "scratch"  # scratch, or initial weights: model_<step>.pt, Hugging Face folder or model name
     # block_size 0: from seq_len or init_from; vocab_size 0: from the data
     model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
 
     total_batch_size: int = 32768  # tokens per optimizer step, over all GPUs
     micro_batch_size: int = 16  # sequences per forward pass per GPU; lower if out of memory
-    seq_len: int | Literal["auto"] = 256  # tokens per sequence; auto: up to 256, fits data
+    seq_len: int | Literal["auto"] = 256  # tokens per sequence; auto: 256, or less if the data is short
     max_steps: int = 1000  # optimizer steps to train for
     max_tokens: int = 0  # tokens to train on, overrides max_steps; 0: off
     max_epochs: float = 0  # epochs to train for, overrides max_steps; 0: off
-    patience: int = 0  # early stopping after N evals without gain; 0: off
-    overfit_one_batch: bool = False  # sanity check: train on one batch until loss 0
+    patience: int = 0  # evaluations without a new best val loss before the run stops early; 0: off
+    overfit_one_batch: bool = False  # sanity check: train on the first batch only; the loss must reach 0
     seed: int = 1337  # random seed for init, data order and dropout
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw, or muon (2-D block weights; rest AdamW)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw, or muon (Muon for 2-D block weights, AdamW for the rest)
     max_lr: float = 6e-4  # peak learning rate, reached after warmup
     min_lr_ratio: float = 0.1  # final learning rate as a fraction of max_lr
     warmup_steps: int = 100  # linear learning-rate warmup, in steps
@@ -71,13 +71,13 @@ class TrainConfig:
     hellaswag_every: int = 0  # steps between HellaSwag evaluations; 0: never
     hellaswag_data: str | None = None  # HellaSwag .jsonl file; unset: download from HF hub
     hellaswag_limit: int = 0  # evaluate the first N examples; 0: all 10,042
-    log_every: int = 1  # steps between console lines (jsonl logs every one)
+    log_every: int = 1  # steps between console lines; metrics.jsonl has every step
     tensorboard: bool = False  # write TensorBoard files to log_dir
     wandb_project: str | None = None  # Weights & Biases project; unset: off
 
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
-    precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 where native
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA with a C compiler
+    precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 if native, else float32
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA, if there is a C compiler
     rank_timeout: float = 600  # seconds without progress before all ranks abort
 
 
@@ -97,7 +97,7 @@ def main(config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler) -> int:
-    """The run, from top to bottom; return the exit status."""
+    """Start or resume training, run it to the end and return the exit status."""
     checkpoints = CheckpointManager(config.log_dir, dist, log)
     config, model, tokenizer, train_loader, val_loader = resolve(config, dist, checkpoints.model_state, log.print)
     examples = hellaswag.load_examples(config.hellaswag_data, config.hellaswag_limit) if config.hellaswag_every else []
@@ -121,7 +121,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
 
     stopping = False
     while True:
-        # Save first: nothing that follows can cost what was learned.
+        # Save first, so that a failing evaluation loses no training.
         finished = step >= config.max_steps or log.out_of_patience
         if step == 0 or is_due(config.save_every, step) or finished or stopping:
             with torch.no_grad(), autocast:
@@ -142,7 +142,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
                     checkpoints.save_best(step, val_loss)
                 log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
                 if log.out_of_patience:
-                    continue  # known only now: save this step, and finish
+                    continue  # stop early: save this step and finish
             if tokenizer and is_due(config.sample_every, step, finished) and not log.has("samples", step):
                 with autocast:
                     texts = generate_text(model, tokenizer, config.sample_prompts, config.sample_tokens,
@@ -161,7 +161,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
             dist.wait()
             return 0
 
-        # One update: accumulate gradients, clip them, step.
+        # One optimizer step: accumulate gradients over micro-steps, clip them, update the weights.
         t0 = time.perf_counter()
         train_loss = torch.zeros((), device=dist.device)
         for micro_step in range(train_loader.grad_accum_steps):
@@ -173,7 +173,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
             with autocast:
                 loss = train_model(x, y) / train_loader.grad_accum_steps
             if is_last_micro_step:
-                dist.wait()  # for ranks that hang: in the backward pass they could not be named
+                dist.wait()  # names a hung rank, which the all-reduce in backward cannot
             scaler.scale(loss).backward()
             train_loss += loss.detach()
         lr = get_lr(step, max_lr=config.max_lr, min_lr_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps,
@@ -198,7 +198,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
 
 
 def seed_dropout(*numbers: int) -> None:
-    """Seed PyTorch with (seed, step, micro_step, rank), well mixed: neighbours have nothing in common."""
+    """Seed PyTorch with (seed, step, micro_step, rank), hashed so that nearby values give unrelated streams."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 

@@ -1,4 +1,4 @@
-"""Learn a tokenizer from text: python -m scripts.train_tokenizer --input my_texts --out my_tokenizer"""
+"""Train a BPE tokenizer on text: python -m scripts.train_tokenizer --input my_texts --out my_tokenizer"""
 
 import itertools
 import re
@@ -18,16 +18,16 @@ LONG_RUN = re.compile(r"\S{1000}|\s{1000}")
 
 @dataclass
 class TokenizerConfig(TextConfig):
-    """Settings of scripts.train_tokenizer. Given the text settings of scripts.prepare, it learns from the same train
-    split; pass --val_fraction 0 if the validation text is in files of its own."""
+    """Settings of scripts.train_tokenizer. With the text settings of scripts.prepare it trains on the same train split;
+    pass --val_fraction 0 if the validation text is in separate files."""
 
     out: str  # output folder, new or empty
     vocab_size: int = 4096  # vocabulary size, including 256 bytes and <|endoftext|>
-    max_bytes: int = 1_000_000_000  # maximum bytes of text to learn from
+    max_bytes: int = 1_000_000_000  # maximum bytes of text to train on
 
 
 def main(config: TokenizerConfig) -> None:
-    """Write the merge table, tokenizer.tiktoken."""
+    """Train a tokenizer and write its merge table, tokenizer.tiktoken."""
     if config.max_bytes < 1:
         raise UserError(f"--max_bytes is {config.max_bytes}: must be at least 1")
     out = Path(config.out)
@@ -43,7 +43,7 @@ def main(config: TokenizerConfig) -> None:
                     if n_bytes >= config.max_bytes:
                         return
                     n_bytes += len(text.encode("utf-8", "replace"))
-                    # Learning takes the square of the length of a run without a word boundary.
+                    # Training time is quadratic in the length of text without a word boundary.
                     cuts = [0, *(match.end() for match in LONG_RUN.finditer(text)), len(text)]
                     yield from (text[i:j].encode("utf-8", "replace").decode() for i, j in itertools.pairwise(cuts))
                 bar.total = round(n_bytes / fraction) if fraction else None  # estimated from the bytes read

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4  # of logits in float32
 class ValidateConfig:
     """Settings of scripts.validate."""
 
-    model: str  # a model_<step>.pt, or a Hugging Face folder or name
+    model: str  # model_<step>.pt, Hugging Face folder or model name
     prompt: str = "Hello world"  # text to continue with both models
     max_new_tokens: int = 20  # new tokens per greedy continuation
     top: int = 5  # most likely next tokens to print
@@ -30,15 +30,15 @@ class ValidateConfig:
 def main(config: ValidateConfig) -> int:
     """Print next tokens, greedy continuations and logit difference; return 0 if the models agree, else 1."""
     if config.max_new_tokens < 1 or config.top < 1:
-        raise UserError(f"max_new_tokens is {config.max_new_tokens} and top is {config.top}: both must be 1 or more")
+        raise UserError(f"--max_new_tokens is {config.max_new_tokens} and --top is {config.top}: must be 1 or more")
     checkpoint = load_checkpoint(config.model)
     model, tokenizer = GPT.from_checkpoint(checkpoint).eval(), Tokenizer(checkpoint.get("tokenizer") or "gpt2")
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     prompt = tokenizer.encode(config.prompt, allow_special=True)
     if not 0 < len(prompt) < block_size or max(prompt) >= vocab_size:
-        raise UserError(f"the prompt has {len(prompt)} tokens: pass 1 or more, fewer than block_size {block_size}, "
+        raise UserError(f"--prompt has {len(prompt)} tokens: pass 1 or more, fewer than block_size {block_size}, "
                         f"with ids below vocab_size {vocab_size}")
-    from transformers import GenerationConfig, GPT2LMHeadModel, logging  # seconds
+    from transformers import GenerationConfig, GPT2LMHeadModel, logging  # takes seconds
 
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as tmp_dir:
@@ -62,13 +62,13 @@ def main(config: ValidateConfig) -> int:
             print(f"{prob:10.4%} {decode(tokenizer, [token])!r}")
     difference = (our_logits - hf_logits).abs().max().item()
     agree = difference <= TOLERANCE and our_tokens == hf_tokens
-    print(f"largest difference of {our_logits.numel():,} logits: {difference:.2e}, expected at most {TOLERANCE:g}")
+    print(f"largest difference among {our_logits.numel():,} logits: {difference:.2e}, expected at most {TOLERANCE:g}")
     print(f"the models {'agree' if agree else 'DISAGREE'}")
     return 0 if agree else 1
 
 
 def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """Return the text of token ids, without ids that only pad the model's vocabulary."""
+    """Return token ids as text, skipping ids that only pad the model's vocabulary."""
     return tokenizer.decode(token for token in tokens if token < tokenizer.n_vocab)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: a little real text as shards, and commands run as a user types them."""
+"""Shared fixtures and helpers: shards of real text, and commands run as a user types them."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from gpt.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "tests" / "data" / "coriolanus.txt"  # the first scenes of the play; 40 kB
 
-# A model that trains in tens of milliseconds a step on GPT-2's full vocabulary. In float32, whatever the CPU has.
+# A model that takes tens of milliseconds per step with GPT-2's vocabulary; in float32 on every CPU.
 TINY = ["--device", "cpu", "--precision", "float32", "--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd",
         "16", "--seq_len", "32", "--micro_batch_size", "4", "--total_batch_size", "256", "--warmup_steps", "4",
         "--max_lr", "1e-2", "--eval_tokens", "512", "--sample_tokens", "8"]
@@ -39,27 +39,27 @@ def save_shards(folder: Path, tokens: np.ndarray, *ends: int) -> Path:
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
-    """Shards of real text in GPT-2's tokens."""
+    """Return a folder with shards of real text in GPT-2's tokens."""
     tokens = np.array(Tokenizer().encode(TEXT.read_text()), dtype=np.uint16)
     return save_shards(tmp_path_factory.mktemp("data"), tokens, 5000, 9000)
 
 
 @pytest.fixture(scope="session")
 def byte_data(tmp_path_factory) -> Path:
-    """The same text as bytes, of no tokenizer: with TINY_BYTES a step takes 10 ms."""
+    """Return the same text as bytes, without a tokenizer: with TINY_BYTES a step takes 10 ms."""
     return save_shards(tmp_path_factory.mktemp("bytes"), np.frombuffer(TEXT.read_bytes(), np.uint8), 20000, 32000)
 
 
 @pytest.fixture(scope="session")
 def uninterrupted_run(byte_data, tmp_path_factory) -> Path:
-    """The log_dir of RUN, for tests to read."""
+    """Return the log_dir of a finished RUN; tests only read it."""
     log_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     train(byte_data, log_dir, *RUN)
     return log_dir
 
 
 def random_gpt2(folder: Path, **config) -> Path:
-    """A folder with a random GPT-2 of transformers: weights large enough for logits that differ clearly."""
+    """Save a random GPT-2 of transformers, with weights large enough for distinct logits, and return its folder."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -70,26 +70,26 @@ def random_gpt2(folder: Path, **config) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory) -> Path:
-    """A random GPT-2 with GPT-2's vocabulary, as transformers saves it."""
+    """Return a folder with a random GPT-2 with GPT-2's vocabulary, as transformers saves it."""
     return random_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 def command(*words: str) -> list[str]:
-    """`python …` with this interpreter; `torchrun …` as its module, which needs no PATH."""
+    """Return the argv of `python …` with this interpreter, or of `torchrun …` as a module, which needs no PATH."""
     if words[0] == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     return [sys.executable, *words]
 
 
 def environment() -> dict[str, str]:
-    """This environment, with one thread a process so that equal work gives equal bits whatever else runs."""
+    """Return this environment with one thread per process, so that equal work gives equal bits under any load."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
 
 
 class Fork:
-    """A command as a fork of a process that has PyTorch loaded already, which takes a tenth of the time to start.
+    """A command in a fork of a process that has imported PyTorch, which starts ten times as fast.
 
-    All else is as typed: a process of its own that runs `python -m <module>` or `python <file>` as __main__.
+    Otherwise it is as typed: a separate process runs `python -m <module>` or `python <file>` as __main__.
     """
 
     context = multiprocessing.get_context("forkserver")
@@ -106,13 +106,13 @@ class Fork:
         self.pid = self.process.pid
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; the exit status."""
+        """Wait for the process and return its exit status, or None after `timeout` seconds."""
         multiprocessing.connection.wait([self.process.sentinel], timeout)
         self.process.join(0)
         return self.process.exitcode
 
     def result(self, timeout: float = 240) -> subprocess.CompletedProcess:
-        """Wait for its end; what it printed."""
+        """Wait for the process and return what it printed."""
         if self.wait(timeout) is None:
             self.process.kill()
             raise subprocess.TimeoutExpired(self.words, timeout)
@@ -135,50 +135,50 @@ class Fork:
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess:
-    """Run a command to its end and capture what it prints."""
+    """Run a command and capture what it prints."""
     if words[0] == "-m":
         return Fork(*words).result()
     return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=240, capture_output=True,
                           text=True)
 
 
-def start_ranks(count: int, *words: str | Path, own: dict[int, list] | None = None, **variables: str) -> list[Fork]:
-    """Start a command as `count` processes of one group, as a launcher other than torchrun does.
+def start_ranks(count: int, *words: str | Path, rank_args: dict | None = None, **variables: str) -> list[Fork]:
+    """Start a command as `count` ranks of one process group, as a launcher other than torchrun does.
 
-    own: more words, by rank. variables: more of the environment.
+    rank_args: additional arguments by rank. variables: additional environment variables.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Fork(*words, *(own or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count,
+    return [Fork(*words, *(rank_args or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count,
                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables) for rank in range(count)]
 
 
 def run_ranks(*args, **options) -> list[subprocess.CompletedProcess]:
-    """Run a command as `start_ranks` starts it, to the end of all ranks."""
+    """Run a command with `start_ranks` and wait for all ranks."""
     return [fork.result() for fork in start_ranks(*args, **options)]
 
 
 def workers(pid: int) -> list[int]:
-    """The process ids of torchrun's workers, by rank."""
+    """Return the process ids of torchrun's workers, by rank."""
     return sorted(map(int, subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()))
 
 
 def start(*words: str | Path, **options) -> subprocess.Popen:
-    """Start a command and return at once; its output, both streams unless told, can be read line by line."""
+    """Start a command and return immediately; by default stdout and stderr can be read from one pipe."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
     return subprocess.Popen(command(*map(str, words)), cwd=ROOT, env=environment(), text=True, **streams)
 
 
 def train(data_root: Path, log_dir: Path, *words: str | Path) -> subprocess.CompletedProcess:
-    """`python -m scripts.train` with the tiny model; must succeed."""
+    """Run `python -m scripts.train` with the tiny model and assert that it succeeds."""
     done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def metrics(log_dir: Path, split: str) -> dict[int, dict]:
-    """The records of a split in metrics.jsonl by step, without the times."""
+    """Return the records of a split in metrics.jsonl by step, without the speed."""
     records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
     mine = [record for record in records if record["split"] == split]
     steps = {record["step"]: {k: v for k, v in record.items() if k != "tokens_per_s"} for record in mine}
@@ -187,18 +187,18 @@ def metrics(log_dir: Path, split: str) -> dict[int, dict]:
 
 
 def assert_same_results(reference: Path, log_dir: Path) -> None:
-    """Two runs of RUN ended with the same records, but for the speed, and the same weights to the last bit."""
+    """Assert that two runs of RUN have equal records (except the speed) and weights, to the last bit."""
     for split in ("train", "val"):
         assert metrics(log_dir, split) == metrics(reference, split)
     for name in ("model_00012.pt", "model_best.pt"):
         weights, expected = (torch.load(folder / name)["model"] for folder in (log_dir, reference))
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[key], expected[key]) for key in weights), name
-    assert not list(log_dir.glob(".*")), "litter"
+    assert not list(log_dir.glob(".*")), "temporary files left behind"
 
 
-def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2, one or two lines that hold `words`, and no traceback."""
+def assert_user_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Assert exit status 2 and one or two lines, the last an error that contains `words`, without a traceback."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert 1 <= len(lines) <= 2 and lines[-1].startswith("error: "), done.stderr
@@ -207,7 +207,7 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def assert_flag_refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2, tyro's message with `words` in it, and no traceback."""
+    """Assert exit status 2 and tyro's message, which contains `words`, without a traceback."""
     assert done.returncode == 2, done.stdout + done.stderr
     message = " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in message and not message.startswith("error: "), done.stderr

@@ -1,8 +1,8 @@
-"""scripts.train with one fault: FAULT="<place> <action>", for instance FAULT="save SIGKILL".
+"""Run scripts.train with one injected fault: FAULT="<place> <action>", such as FAULT="save SIGKILL".
 
-Places: step (update 5 on the last rank), save (as model_00008.pt gets its name), evaluation (the third one).
+Places: step (step 5 on the last rank), save (as model_00008.pt is renamed into place), evaluation (the third one).
 Actions: crash, error, full_disk, nan, drift (of the weights), or a signal that the process sends itself.
-A job that torchrun has restarted has no fault.
+A job that torchrun has restarted gets no fault.
 """
 
 import itertools
@@ -26,7 +26,7 @@ evaluations = itertools.count(1)
 
 
 def inject(place, owner, name, is_due):
-    """Make the function `name` of `owner` begin with the fault when `is_due` is true of its arguments."""
+    """Patch `owner.name` to inject the fault before a call if `is_due(*args)`."""
     original = getattr(owner, name)
 
     def faulty(*args):

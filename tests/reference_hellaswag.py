@@ -1,4 +1,4 @@
-"""HellaSwag by the plain formula, one full row per ending with logits at every position; and examples for it."""
+"""Reference implementation of HellaSwag: one full row per ending, logits at every position. And random examples."""
 
 import random
 
@@ -28,10 +28,10 @@ def score_endings(model, tokenizer, examples):
 
 
 def make_examples(count, seed=0):
-    """Examples with HellaSwag's lengths: the context from one place of a play, endings from anywhere in it.
+    """Return examples with HellaSwag's lengths; contexts and endings are random excerpts of a play.
 
     A third are as long as those from ActivityNet, the others as those from WikiHow: contexts have 250 characters on
-    average and endings 130, which fits the size of hellaswag_val.jsonl, 12.2 MB for 10,042 examples.
+    average and endings 130, which matches the size of hellaswag_val.jsonl, 12.2 MB for 10,042 examples.
     """
     text, rng = " ".join(TEXT.read_text().split()), random.Random(seed)
 

@@ -1,4 +1,4 @@
-"""A user's mistakes: exit status 2, one clear line, no traceback, nothing written. A case per error message."""
+"""User errors: exit status 2, one clear line, no traceback, nothing written. One case per error message."""
 
 import runpy
 import shlex
@@ -13,12 +13,12 @@ from gpt.checkpoint import save_model
 from gpt.config import GPTConfig
 from gpt.model import GPT
 from scripts import cli
-from tests.conftest import ROOT, TINY, assert_refused
+from tests.conftest import ROOT, TINY, assert_user_error
 
 
 @pytest.fixture(scope="module")
 def bad_inputs(tmp_path_factory, data_root):
-    """A folder with one of each: data and checkpoints, good and bad."""
+    """Return a folder of valid and invalid data, checkpoints and config files."""
     folder = tmp_path_factory.mktemp("bad_inputs")
 
     def data(name, train, val=None, meta=None):
@@ -62,7 +62,7 @@ def bad_inputs(tmp_path_factory, data_root):
     return folder
 
 
-# The command of each module and the flags that a case need not repeat; {} is the folder above, OUT an empty one.
+# Commands and the flags that their cases share; {} is the folder of `bad_inputs`, OUT an empty one.
 COMMANDS = {
     "train": "scripts.train --data_root {}/good --log_dir OUT --max_steps 2 --sample_every 0 " + shlex.join(TINY),
     "generate": "scripts.generate --device cpu --log_dir OUT",
@@ -74,7 +74,7 @@ COMMANDS = {
     "prepare": "scripts.prepare --out OUT",
     "tokenizer": "scripts.train_tokenizer --out OUT --input {}/short.txt",
 }
-# (command, more flags, words that the message must hold)
+# (command, additional flags, fragments of the expected message)
 CASES = [
     ("train", "--config {}/missing.yaml", "--config {}/missing.yaml: No such file"),
     ("train", "--config {}/broken.yaml", "broken.yaml is not a YAML file"),
@@ -121,7 +121,7 @@ CASES = [
     ("generate", "--prompt ''", "prompt is empty"),
     ("generate", "--temperature -1", "temperature is -1"),
     ("generate", "--top_p 0", "top_p is 0"),
-    ("export", "--checkpoint {}/gpt2.pt --out {}/file", "out '{}/file'"),
+    ("export", "--checkpoint {}/gpt2.pt --out {}/file", "--out {}/file exists"),
     ("export", "--checkpoint {}/gpt2.pt --out {}/file/x", "{}/file/"),
     ("validate", "--prompt 'a a a a a a a a a a a a a a a a a'", "prompt has 17 tokens", "block_size 16"),
     ("validate", "--top 0", "top is 0"),
@@ -148,7 +148,7 @@ CASES = [
     ("prepare", "--input {}/one.jsonl", "all of the text is in the train split", "--val_fraction (now 0.1)"),
     ("prepare", "--input {}/one.jsonl --val_fraction 0.999", "all of the text is in the val split"),
     ("prepare", "--input {}/one.jsonl --val_input {}/one.jsonl", "no text for training"),
-    ("prepare", "--input {}/one.jsonl --val_input {}/empty.txt", "text for validation is empty"),
+    ("prepare", "--input {}/one.jsonl --val_input {}/empty.txt", "validation text is empty"),
     ("prepare", "--input {}/short.txt --tokenizer gpt3", "unknown tokenizer 'gpt3'", "train_tokenizer"),
     ("prepare", "--input {}/short.txt --tokenizer {}/bad_tokenizer", "bad_tokenizer", "damaged"),
     ("prepare", "--input {}/short.txt --out ''", "--out is empty"),
@@ -170,7 +170,7 @@ CASES = [
                          ids=[f"{case[0]} {case[1]}" for case in CASES])
 def test_bad_input_is_one_error_line_and_writes_nothing(command, flags, expected, bad_inputs, tmp_path, monkeypatch,
                                                         capsys):
-    """In this process, which takes a tenth of the time that starting a command does. An empty log folder is no loss."""
+    """Runs in this process, ten times as fast as a separate one. An empty log_dir may be left behind."""
     before = sorted(bad_inputs.rglob("*"))
     line = f"{COMMANDS[command]} {flags}".replace("{}", str(bad_inputs)).replace("OUT", str(tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", shlex.split(line))
@@ -179,7 +179,7 @@ def test_bad_input_is_one_error_line_and_writes_nothing(command, flags, expected
     monkeypatch.setattr(signals, "StopHandler", lambda verbose: None)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    assert_refused(subprocess.CompletedProcess(line, ended.value.code, *capsys.readouterr()),
-                   *(text.replace("{}", str(bad_inputs)) for text in expected))
+    assert_user_error(subprocess.CompletedProcess(line, ended.value.code, *capsys.readouterr()),
+                      *(text.replace("{}", str(bad_inputs)) for text in expected))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(bad_inputs.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""gpt/checkpoint.py and gpt/files.py: what is saved is whole, what is loaded is verified."""
+"""gpt/checkpoint.py and gpt/files.py: saves are atomic, and loads are verified."""
 
 import os
 import random
@@ -23,7 +23,7 @@ SETTINGS = dict(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 
 
 def make_manager(log_dir, optimizer="adamw", n_embd=8):
-    """Return the CheckpointManager of a model that has made one update."""
+    """Return the CheckpointManager of a model after one optimizer step."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=30, n_layer=1, n_head=1, n_embd=n_embd))
     optimizer = configure_optimizer(model, optimizer, **SETTINGS)
@@ -39,21 +39,21 @@ def make_manager(log_dir, optimizer="adamw", n_embd=8):
 
 
 def save(manager, step):
-    """Save a model with other weights than at other steps."""
+    """Save the model with weights that depend on `step`."""
     with torch.no_grad():
         manager.model.ln_f.bias.fill_(step)
     manager.save(step, torch.tensor(1.0), must_succeed=True)
 
 
 def load_latest(log_dir):
-    """Return the newest checkpoint that a run can resume from, and what was said of newer ones."""
-    said = []
-    return *checkpoint.load_latest(log_dir, said.append, require_optim=True), " ".join(said)
+    """Return the newest checkpoint that a run can resume from, and the messages about newer ones."""
+    reported = []
+    return *checkpoint.load_latest(log_dir, reported.append, require_optim=True), " ".join(reported)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A log_dir with checkpoints of steps 4 and 8, and in `other` one of another model."""
+    """Return a log_dir with checkpoints of steps 4 and 8, and in `other` one of another model."""
     folder = tmp_path_factory.mktemp("saved")
     manager = make_manager(folder)
     save(manager, 4)
@@ -65,7 +65,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def log_dir(saved, tmp_path):
-    """A copy of `saved` for a test to damage."""
+    """Return a copy of `saved` for a test to damage."""
     return shutil.copytree(saved, tmp_path / "log")
 
 
@@ -79,7 +79,7 @@ def is_same(one, other):
 
 
 def test_load_latest_returns_the_newest_step(tmp_path):
-    """Not model_best.pt. Of the optimizer files the newest two are kept, and files of other names."""
+    """It ignores model_best.pt. Saving keeps the two newest optimizer files, and files with other names."""
     assert checkpoint.load_latest(tmp_path, pytest.fail) is None
     (tmp_path / "optim_mine.pt").touch()
     manager = make_manager(tmp_path)
@@ -88,8 +88,8 @@ def test_load_latest_returns_the_newest_step(tmp_path):
     manager.save_best(1000, val_loss=1.0)
     assert sorted(path.name for path in tmp_path.glob("optim_*.pt")) == [
         "optim_00100.pt", "optim_01000.pt", "optim_mine.pt"]
-    path, model, optim, said = load_latest(tmp_path)
-    assert (path.name, model["step"], optim["step"], said) == ("model_01000.pt", 1000, 1000, "")
+    path, model, optim, reported = load_latest(tmp_path)
+    assert (path.name, model["step"], optim["step"], reported) == ("model_01000.pt", 1000, 1000, "")
     for path in tmp_path.glob("optim_*.pt"):
         path.unlink()
     with pytest.raises(UserError, match="none of the 4 checkpoints .*move the damaged files away"):
@@ -98,7 +98,7 @@ def test_load_latest_returns_the_newest_step(tmp_path):
 
 
 class Code:
-    """A pickle that creates a folder when a careless program loads it."""
+    """A pickle that creates a folder if it is loaded with weights_only=False."""
 
     def __reduce__(self):
         return os.mkdir, ("code_was_run",)
@@ -114,8 +114,8 @@ class Code:
     ("optim_00008.pt", b"", "optim_00008.pt is damaged"), ("optim_00008.pt", None, "optim_00008.pt is missing"),
     ("optim_00008.pt", "optim_00004.pt", "optim_00008.pt was not saved with it"),
     ("optim_00008.pt", "other/optim_00008.pt", "optim_00008.pt was not saved with it")])
-def test_unusable_checkpoint_is_skipped_by_name(saved, log_dir, tmp_path, monkeypatch, name, content, message):
-    """The older one is returned, and no code is run. content: bytes, an object to save, another file, None: no file."""
+def test_load_latest_skips_and_names_unusable_checkpoint(saved, log_dir, tmp_path, monkeypatch, name, content, message):
+    """The older one is returned; no code runs. content: bytes, an object to save, a file to copy; None: no file."""
     monkeypatch.chdir(tmp_path)
     if content is None:
         (log_dir / name).unlink()
@@ -125,15 +125,15 @@ def test_unusable_checkpoint_is_skipped_by_name(saved, log_dir, tmp_path, monkey
         (log_dir / name).write_bytes(content)
     else:
         torch.save(content, log_dir / name)
-    path, model, optim, said = load_latest(log_dir)
-    assert path.name == "model_00004.pt" and re.search(message, said) and "_00008.pt" in said
+    path, model, optim, reported = load_latest(log_dir)
+    assert path.name == "model_00004.pt" and re.search(message, reported) and "_00008.pt" in reported
     assert is_same([model, optim], [load_pt(saved / "model_00004.pt"), load_pt(saved / "optim_00004.pt")])
     assert not (tmp_path / "code_was_run").exists()
 
 
 @pytest.mark.parametrize("name", ["model_00008.pt", "optim_00008.pt"])
-def test_damaged_file_is_never_loaded_with_other_content(log_dir, name):
-    """Cut at every tenth, and a bit flipped at 100 places: an error, or in the padding of the archive no change."""
+def test_load_pt_never_returns_wrong_content_of_damaged_file(log_dir, name):
+    """Truncated at every tenth, and a bit flipped at 100 places: an error, or no change if only padding was hit."""
     path, rng = log_dir / name, random.Random(0)
     whole, content = path.read_bytes(), load_pt(path)
     damaged = [whole[:len(whole) * tenth // 10] for tenth in range(10)]
@@ -153,7 +153,7 @@ def test_damaged_file_is_never_loaded_with_other_content(log_dir, name):
 @pytest.mark.parametrize("name, other, older", [
     ("adamw", "muon", False), ("muon", "adamw", False), ("adamw", "muon", True)])
 def test_load_optimizer_restores_moments_and_keeps_settings(tmp_path, name, other, older):
-    """The settings are those of the new command line. older: older code saved a list of optimizers, and no data."""
+    """Settings come from the new command line. older: files of older versions have a list of optimizers, no data."""
     manager = make_manager(tmp_path, name)
     save(manager, 5)
     if older:
@@ -161,12 +161,12 @@ def test_load_optimizer_restores_moments_and_keeps_settings(tmp_path, name, othe
         content["optimizers"], content["weights"] = [content.pop("optimizer")], content.pop("weights_checksum")
         torch.save(content, tmp_path / "optim_00005.pt")
         manager.assert_same_data({})
-    _, _, saved, said = load_latest(tmp_path)
+    _, _, saved, reported = load_latest(tmp_path)
     optimizer = configure_optimizer(manager.model, name, lr=9e-9, weight_decay=0.7, betas=(0.1, 0.2))
     checkpoint.load_optimizer(saved, optimizer, manager.scaler)
     moments = manager.optimizer.state_dict()["state"]
     assert is_same(optimizer.state_dict()["state"], moments) and len(moments) == len(list(manager.model.parameters()))
-    assert {group["lr"] for group in optimizer.param_groups} == {9e-9} and not said
+    assert {group["lr"] for group in optimizer.param_groups} == {9e-9} and not reported
     with pytest.raises(UserError, match="optimizer state of step 5 does not fit"):
         checkpoint.load_optimizer(saved, configure_optimizer(manager.model, other, **SETTINGS), manager.scaler)
 

@@ -1,4 +1,4 @@
-"""scripts/cli.py: flags, --config files, and how errors end a command."""
+"""scripts/cli.py: flags, --config files, and the exit status and message of errors."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -85,7 +85,7 @@ def failing(error):
     (["--compile", "maybe"], ["--compile", "maybe", "auto"]), (["--tensorboard", "yes"], ["--tensorboard", "yes"]),
     (["--config", "run.yaml"], ["--model.n_heads", "--model.n_head"])])
 def test_wrong_flag_or_key_or_value_exits_with_status_2(args, expected, monkeypatch, tmp_path, capsys):
-    """With tyro's message, which names it and what would do."""
+    """tyro's message names it and the valid alternatives."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("model: {n_heads: 3}")
     assert exit_status(lambda config: None, monkeypatch, *args) == 2
@@ -109,8 +109,8 @@ def test_user_error_is_one_line_and_status_2(monkeypatch, capsys):
 
 @pytest.mark.parametrize("args, status, error", [
     (["--max_step", "3"], 2, ""), (["--help"], 0, ""), ([], 2, "error (rank 1): no disk\n")])
-def test_other_local_ranks_print_only_errors_of_their_own(args, status, error, monkeypatch, capsys):
-    """After a failure they wait for torchrun to stop them, which has seen local rank 0 exit."""
+def test_other_local_ranks_print_only_their_own_errors(args, status, error, monkeypatch, capsys):
+    """After a failure they wait until torchrun, which sees local rank 0 exit, stops them."""
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)
     for name in ("RANK", "LOCAL_RANK"):

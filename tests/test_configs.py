@@ -1,4 +1,4 @@
-"""configs/: every file is a run that can begin, and every dataset that one needs has a file in configs/data/."""
+"""configs/: every run config is valid, and every dataset that one needs has a file in configs/data/."""
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ DATASETS = sorted(ROOT.glob("configs/data/*.yaml"))
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_run_config_is_consistent(path, tmp_path):
-    """A typing error would be found after hours of downloading."""
+    """Otherwise a typo would be found after hours of downloading."""
     config = parse_args(TrainConfig, ["--config", str(path), "--log_dir", str(tmp_path)])
     check_train(config)
     assert grad_accum_steps(config.total_batch_size, config.micro_batch_size, config.seq_len, world_size=1) >= 1
@@ -35,7 +35,7 @@ def test_data_config_names_a_dataset_and_has_a_run(path):
 
 
 def test_started_run_follows_its_config(data_root, tmp_path):
-    """One of them as typed, on other text and with small batches."""
+    """One config, as typed, with other data and small batches."""
     done = run("-m", "scripts.train", "--config", "configs/tinystories.yaml", "--data_root", data_root, "--log_dir",
                tmp_path, "--device", "cpu", "--model.n_layer", 1, "--micro_batch_size", 1, "--total_batch_size", 256,
                "--max_steps", 2, "--eval_tokens", 256, "--sample_tokens", 3)

@@ -1,4 +1,4 @@
-"""Whatever happens to a run, it ends as if nothing had: kills, signals, full disks, damaged files, a second run."""
+"""Runs survive kills, signals, failed evaluations and full disks with equal results; run lock, out of memory, NaN."""
 
 import os
 import re
@@ -10,12 +10,12 @@ import pytest
 
 from gpt.files import run_lock
 from gpt.signals import StopHandler
-from tests.conftest import RUN, TINY_BYTES, Fork, assert_refused, assert_same_results, metrics, run
+from tests.conftest import RUN, TINY_BYTES, Fork, assert_same_results, assert_user_error, metrics, run
 
 
 @pytest.fixture
 def args(byte_data, tmp_path):
-    """The flags of RUN in a new folder."""
+    """Return the flags of RUN in a new folder."""
     return ["--data_root", byte_data, "--log_dir", tmp_path, *RUN]
 
 
@@ -24,7 +24,7 @@ def args(byte_data, tmp_path):
     ("step", "SIGTERM", 143, 7), ("evaluation", "SIGTERM", 143, 7), ("save", "SIGINT", 130, 9),
     ("step", "SIGHUP", 129, 7)])
 def test_resumed_run_repeats_every_number(args, tmp_path, uninterrupted_run, place, name, status, last_saved):
-    """SIGKILL loses the steps since the last save; after the others the run finishes its step and saves."""
+    """SIGKILL loses the steps since the last save; on other signals the run finishes its step and saves."""
     done = Fork("tests/fault_injection.py", *args, FAULT=f"{place} {name}").result()
     assert done.returncode == status and not done.stderr, done.stderr
     stopped = re.findall(r"stopped at step (\d+) of 12; the same command resumes from there", done.stdout)
@@ -60,13 +60,13 @@ def test_stop_handler_exits_or_stores_the_signal(monkeypatch, capfd):
         assert stop.signum == signal.SIGINT and handlers[signal.SIGINT] == handlers[signal.SIGTERM] == later
 
 
-def test_full_disk_loses_nothing_that_was_saved(args, tmp_path, uninterrupted_run):
-    """Full from step 6 on: warnings, and an error when the last save fails. With room again the run is completed."""
+def test_full_disk_keeps_saved_checkpoints(args, tmp_path, uninterrupted_run):
+    """Full from step 6 on: warnings, and an error when the last save fails. With free space again the run completes."""
     full = Fork("tests/fault_injection.py", *args, FAULT="evaluation full_disk").result()
     assert re.findall(r"warning: (.*) is not saved \(.*File too large", full.stdout) == [
         "model_best.pt", "step 8", "model_best.pt", "model_best.pt"]
-    assert_refused(full, "step 12 is not saved", "File too large", f"the last checkpoint is {tmp_path}/model_00004.pt",
-                   "free disk space")
+    assert_user_error(full, "step 12 is not saved", "File too large",
+                      f"the last checkpoint is {tmp_path}/model_00004.pt", "free disk space")
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
         "model_00000.pt", "model_00004.pt", "model_best.pt", "optim_00000.pt", "optim_00004.pt"]
     assert run("-m", "scripts.train", *args).returncode == 0
@@ -75,18 +75,18 @@ def test_full_disk_loses_nothing_that_was_saved(args, tmp_path, uninterrupted_ru
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a running process can be set on Linux only")
 def test_out_of_memory_names_a_smaller_micro_batch_size(byte_data, tmp_path):
-    """8,001 x 512 tokens need 4 GB in the first layer alone. Of the 24,003 sequences of a step 3,429 are a seventh."""
+    """8,001 x 512 tokens need 4 GB in the first layer alone. 3,429 is a seventh of the 24,003 sequences per step."""
     fork = Fork("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path, *TINY_BYTES, "--model.n_embd",
                 256, "--seq_len", 512, "--micro_batch_size", 8001, "--total_batch_size", 24003 * 512)
     resource.prlimit(fork.pid, resource.RLIMIT_AS, (4 * 2**30, resource.RLIM_INFINITY))
-    assert_refused(fork.result(), "--micro_batch_size 8001", "pass --micro_batch_size 3429")
+    assert_user_error(fork.result(), "--micro_batch_size 8001", "pass --micro_batch_size 3429")
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_log_dir_has_one_run_at_a_time(args, tmp_path):
+def test_run_lock_rejects_second_run_in_log_dir(args, tmp_path):
     with run_lock(tmp_path):
-        assert_refused(run("-m", "scripts.train", *args), f"'{tmp_path}' is in use by process {os.getpid()} on ",
-                       "another --log_dir")
+        assert_user_error(run("-m", "scripts.train", *args), f"'{tmp_path}' is in use by process {os.getpid()} on ",
+                          "another --log_dir")
     assert not list(tmp_path.iterdir())
 
 
@@ -95,8 +95,8 @@ def test_log_dir_has_one_run_at_a_time(args, tmp_path):
                                             (["--max_steps", "1", "--max_lr", "1e17"], "next loss nan"),
                                             (["--eval_every", "1"], "step 1: validation loss nan")])
 def test_diverged_run_stops_and_saves_nothing(args, tmp_path, flags, message):
-    """Ruined by the first update, whichever notices first: the step, and advice."""
+    """The first update ruins the weights; whichever check fails first, the error has the step and advice."""
     done = run("-m", "scripts.train", *args, "--max_lr", "1e30", "--warmup_steps", "0", "--grad_clip", "0", *flags)
-    assert_refused(done, message, "has diverged", f"resumes from {tmp_path}/model_00000.pt", "lower --max_lr")
+    assert_user_error(done, message, "has diverged", f"resumes from {tmp_path}/model_00000.pt", "lower --max_lr")
     assert [path.name for path in tmp_path.glob("model_*.pt")] == ["model_00000.pt"]
     assert list(metrics(tmp_path, "train")) == [0] and metrics(tmp_path, "val") == {}

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU shows, on commands as typed: `make gpu-check`, or `python -m pytest -n0 -m cuda`."""
+"""Tests that need a CUDA GPU, on commands as typed: `make gpu-check`, or `python -m pytest -n0 -m cuda`."""
 
 import re
 import subprocess
@@ -12,16 +12,16 @@ from gpt.config import GPTConfig
 from gpt.files import load_pt
 from gpt.generation import generate
 from gpt.model import GPT
-from tests.conftest import ROOT, TINY, TINY_BYTES, assert_refused, command, environment, metrics
+from tests.conftest import ROOT, TINY, TINY_BYTES, assert_user_error, command, environment, metrics
 
 pytestmark = [pytest.mark.cuda,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU (make gpu-check)")]
 
 CONSTANT_LR = ["--warmup_steps", "0", "--min_lr_ratio", "1"]  # a shorter run is then the beginning of a longer one
-TOLERANCE = 2e-2  # of a loss near 10 in 16 bits: the order of a GPU's atomic additions differs from run to run
+TOLERANCE = 2e-2  # for losses near 10 in 16 bits: the order of a GPU's atomic additions differs from run to run
 
 
-def typed(*words) -> subprocess.CompletedProcess:
+def run_new(*words) -> subprocess.CompletedProcess:
     """Run a command in a process that has not inherited a CUDA context."""
     return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=200, capture_output=True,
                           text=True)
@@ -29,7 +29,7 @@ def typed(*words) -> subprocess.CompletedProcess:
 
 def train(data_root, log_dir, *words, launcher=("-m", "scripts.train")) -> str:
     """Train the tiny model on the GPU and return what it printed; must succeed."""
-    done = typed(*launcher, "--data_root", data_root, "--log_dir", log_dir, *TINY, "--device", "cuda", *words)
+    done = run_new(*launcher, "--data_root", data_root, "--log_dir", log_dir, *TINY, "--device", "cuda", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cuda" in done.stdout
     return done.stdout
@@ -43,8 +43,8 @@ def assert_same_losses(log_dir, other, train_steps, val_steps):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_resumed_run_repeats_the_losses(data_root, tmp_path, precision):
-    """Optimizer, data order and, in fp16, the loss scale come back. The model learns, and peak memory is logged."""
+def test_resumed_run_repeats_the_losses(data_root, tmp_path, precision):
+    """Optimizer, data order and, in fp16, the loss scale are restored. The model learns, and peak memory is logged."""
     words = ["--precision", precision, "--compile", "false", "--eval_every", "3", "--sample_every", "0", *CONSTANT_LR]
     train(data_root, tmp_path / "whole", *words, "--max_steps", "6")
     train(data_root, tmp_path / "halves", *words, "--max_steps", "3")
@@ -56,8 +56,8 @@ def test_a_resumed_run_repeats_the_losses(data_root, tmp_path, precision):
     assert bool(load_pt(tmp_path / "whole" / "optim_00006.pt")["scaler"]) == (precision == "fp16")
 
 
-def test_a_compiled_model_trains_the_same(data_root, tmp_path):
-    """With validation, samples and a resume in the run, with Muon."""
+def test_compiled_model_trains_like_eager_model(data_root, tmp_path):
+    """With Muon, validation, samples and a resume."""
     words = ["--precision", "bf16", "--eval_every", "2", "--sample_every", "2", "--optimizer", "muon", *CONSTANT_LR]
     train(data_root, tmp_path / "plain", *words, "--max_steps", "4", "--compile", "false")
     printed = train(data_root, tmp_path / "compiled", *words, "--max_steps", "2", "--compile", "true")
@@ -66,16 +66,16 @@ def test_a_compiled_model_trains_the_same(data_root, tmp_path):
     assert_same_losses(tmp_path / "compiled", tmp_path / "plain", list(range(4)), [2, 4])
 
 
-def test_torchrun_with_one_rank(data_root, tmp_path):
+def test_torchrun_trains_with_one_rank(data_root, tmp_path):
     """The defaults for precision and compilation, under torchrun."""
     train(data_root, tmp_path, "--max_steps", "2", "--eval_every", "1", "--sample_every", "2", "--precision", "auto",
           launcher=("torchrun", "--standalone", "--nproc_per_node=1", "-m", "scripts.train"))
     assert list(metrics(tmp_path, "train")) == [0, 1] and list(metrics(tmp_path, "val")) == [1, 2]
 
 
-def test_nccl_with_one_rank(tmp_path):
-    """DDP over NCCL, in a process of its own, gives the gradients of the plain model."""
-    done = typed("-c", f"from tests.test_cuda import ddp_step; ddp_step({str(tmp_path)!r}, 'nccl', 'cuda')")
+def test_ddp_over_nccl_accumulates_the_same_gradients(tmp_path):
+    """With one rank, in a separate process, gradients equal those of the model without DDP."""
+    done = run_new("-c", f"from tests.test_cuda import ddp_step; ddp_step({str(tmp_path)!r}, 'nccl', 'cuda')")
     assert done.returncode == 0, done.stderr
 
 
@@ -103,7 +103,7 @@ def ddp_step(folder: str, backend: str, device_type: str) -> None:
     assert gathered == [{"step": 3}]
 
 
-def test_generation_with_a_cache_writes_the_plain_formulas_tokens():
+def test_generate_with_kv_cache_equals_full_forward_passes():
     """Greedy, for prompts of different lengths: the KV cache changes the speed, not the text."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=32)).eval().to("cuda")
@@ -119,20 +119,20 @@ def test_generation_with_a_cache_writes_the_plain_formulas_tokens():
         assert idx[0, len(prompt):].tolist() == list(tokens)
 
 
-def test_scripts_generate_in_both_dtypes(data_root, tmp_path):
-    """The command, with a checkpoint of a run on the GPU."""
+def test_generate_command_runs_in_both_dtypes(data_root, tmp_path):
+    """With a checkpoint of a run on the GPU."""
     train(data_root, tmp_path, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0", "--compile", "false")
     for dtype in ("float32", "bfloat16"):
-        done = typed("-m", "scripts.generate", "--log_dir", tmp_path, "--prompt", "ROMEO:", "--num_samples", "2",
+        done = run_new("-m", "scripts.generate", "--log_dir", tmp_path, "--prompt", "ROMEO:", "--num_samples", "2",
                      "--max_new_tokens", "20", "--device", "cuda", "--dtype", dtype)
         assert done.returncode == 0 and done.stdout.count("ROMEO:") == 2, done.stdout + done.stderr
 
 
 def test_out_of_memory_names_a_smaller_micro_batch_size(byte_data, tmp_path):
     """8 million tokens per micro-batch at 1,024 dimensions need more than 300 GB; the first block alone exceeds 140."""
-    done = typed("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path, *TINY_BYTES, "--device",
+    done = run_new("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path, *TINY_BYTES, "--device",
                  "cuda", "--compile", "false", "--model.n_embd", "1024", "--micro_batch_size", 2**18,
                  "--total_batch_size", 2**23, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0")
-    assert_refused(done, "memory", "--micro_batch_size")
+    assert_user_error(done, "memory", "--micro_batch_size")
     named = re.findall(r"--micro_batch_size\D+(\d+)", done.stderr)
     assert any(int(number) < 2**18 for number in named), done.stderr

@@ -39,8 +39,8 @@ def starts(batch):
 
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(1, 1000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
-def test_permute_index_is_the_permutation_of_its_formula(n, seed, epoch):
-    """The Feistel network in Python's integers. Later versions resume a run, so the order must not change."""
+def test_permute_index_equals_its_formula(n, seed, epoch):
+    """A Feistel network in Python integers. The order must not change, so that old runs resume exactly."""
     bits = next(bits for bits in range(1, 6) if n <= 4**bits)
 
     def permute(value):
@@ -60,7 +60,7 @@ def test_permute_index_is_the_permutation_of_its_formula(n, seed, epoch):
 @given(lengths=st.lists(st.integers(0, 90), max_size=3).map(lambda lengths: [*lengths, 24]),
        dtype=st.sampled_from([np.uint16, np.int64, np.uint64, ">u2"]), per_step=st.sampled_from([1, 3, 10]))
 def test_epochs_visit_every_sequence_once(tmp_path_factory, lengths, dtype, per_step):
-    """Whatever the shards (some without room for a sequence) and their type; np.save makes int64 of a list."""
+    """For any shards (some too short for a sequence) and integer dtypes; np.save turns a list into int64."""
     folder, expected = tmp_path_factory.mktemp("shards"), sequence_starts(lengths)
     make_shards(folder, lengths, dtype=dtype)
     train = loader(folder, micro_batch_size=per_step, total_batch_size=8 * per_step)
@@ -71,8 +71,8 @@ def test_epochs_visit_every_sequence_once(tmp_path_factory, lengths, dtype, per_
         assert in_epoch == sequence_starts(lengths, offset)
 
 
-def test_offsets_move_the_cuts_of_later_epochs(tmp_path):
-    """A token is seen once per epoch, but for the first ones of a shard and its last sequence."""
+def test_epoch_offset_moves_the_cuts_of_later_epochs(tmp_path):
+    """Each token is seen once per epoch, except the first ones of a shard and those of its last sequence."""
     offsets = [epoch_offset(8, seed, epoch) for seed in range(20) for epoch in range(1, 20)]
     assert set(offsets) == set(range(8)) and {epoch_offset(8, seed, 0) for seed in range(20)} == {0}
     make_shards(tmp_path, [100, 60])
@@ -84,7 +84,7 @@ def test_offsets_move_the_cuts_of_later_epochs(tmp_path):
 
 
 def test_sequences_of_a_step_depend_on_seed_and_step_alone(tmp_path):
-    """Ranks, micro-batch size and the place to resume at are free to change."""
+    """Not on the number of ranks, the micro-batch size or the step to resume at."""
     make_shards(tmp_path, [500, 300, 420])
 
     def sequences(step, world_size=1, micro_batch_size=12, seed=1337):
@@ -102,7 +102,7 @@ def test_sequences_of_a_step_depend_on_seed_and_step_alone(tmp_path):
 
 
 def test_eval_batches_cover_the_first_tokens_once(tmp_path):
-    """The val loss must be the same number whatever the ranks and the micro-batch size."""
+    """The val loss must not depend on the number of ranks or the micro-batch size."""
     make_shards(tmp_path, [100, 60], split="val")
     for eval_tokens, count in [(1, 1), (80, 10), (87, 10), (10_000, 19)]:
         for world_size, micro_batch_size in [(1, 4), (3, 16), (25, 1)]:
@@ -114,7 +114,7 @@ def test_eval_batches_cover_the_first_tokens_once(tmp_path):
 
 
 def test_large_shards_are_not_read_into_memory(tmp_path):
-    """The first batch of 100 million tokens, which are 200 MB, takes less than 1 MB."""
+    """The first batch from 100 million tokens (200 MB) takes less than 1 MB."""
     np.lib.format.open_memmap(tmp_path / "train_00000.npy", mode="w+", dtype=np.uint16, shape=(100_000_000,))
     tracemalloc.start()
     try:
@@ -125,8 +125,8 @@ def test_large_shards_are_not_read_into_memory(tmp_path):
 
 
 @pytest.mark.parametrize("token, position", [(50257, 70), (-1, 3)])
-def test_token_outside_the_vocabulary_is_named(tmp_path, token, position):
-    """It would be an index error deep inside the embedding, or on a GPU the end of the process."""
+def test_batch_names_token_outside_the_vocabulary(tmp_path, token, position):
+    """Otherwise it would be an index error inside the embedding, which on a GPU aborts the process."""
     tokens = np.arange(100)
     tokens[position] = token
     np.save(tmp_path / "train_00000.npy", tokens)

@@ -25,7 +25,7 @@ def test_auto_precision_on_a_gpu_follows_its_generation(monkeypatch, capability,
 
 
 def test_auto_compiles_on_volta_and_later_with_a_compiler(monkeypatch):
-    """A slim container has none. Never on a CPU, unless asked."""
+    """Slim containers have no compiler. On a CPU it compiles only if requested."""
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"--compile true needs a C compiler \(g\+\+ or clang\+\+\)"):

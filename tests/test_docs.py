@@ -1,33 +1,88 @@
-"""README.md and docs/: the training commands in them have settings that fit together."""
+"""README.md and docs/: their commands have valid flags and run as they stand."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import pyarrow
 
 from gpt.dataloader import grad_accum_steps
 from gpt.resolve import check_config
 from scripts.cli import parse_args
 from scripts.train import TrainConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TEXT
 
-TRAINING = re.compile(r"(?:\w+=\S+ )?(?:python|torchrun|sbatch) .*(?:scripts[./]train\b|configs/slurm\.sh)")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-COMMANDS = [(page.name, shlex.split(line, comments=True)) for page in PAGES
-            for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)
-            for line in block.replace("\\\n", " ").splitlines() if TRAINING.match(line)]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in (
+    "training", "generation", "evaluation", "data", "position", "numbers", "speed", "laptop", "cluster",
+    "troubleshooting"))]
+BLOCKS = [(page.name, language, block) for page in PAGES
+          for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
+COMMANDS = [(page, line.split("  #")[0].strip()) for page, language, block in BLOCKS if not language
+            for line in block.replace("\\\n", " ").splitlines()
+            if re.match(r"(\w+=\S+ |timeout .*)?(python3?|torchrun|sbatch|make|pip|\.) ", line)]
+TRAINING = [(page, shlex.split(line, comments=True)) for page, line in COMMANDS
+            if re.search(r"scripts[./]train\b|configs/slurm\.sh", line)]
+# Commands that a CPU without a network cannot run, or that take longer than all others together.
+NOT_RUN = {
+    "installation": r"^(make|pip|\.|python3) |requirements",
+    "eight GPUs, or GPT-2 124M at full length": r"nproc_per_node=8|sbatch|--nnodes|scripts\.train$",
+    "the Hugging Face Hub": r"\bgpt2(-xl)?( |$)|finetune_shakespeare|tinystories",
+    "benchmarks": r"benchmarks|bench generate|-m pytest",
+}
 
 
-@pytest.mark.parametrize("page, argv", COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
-def test_batch_of_every_training_command_divides(page, argv, tmp_path):
-    """By the number of processes that the command starts, its flags and its --config."""
+def test_docs_pages_are_all_listed():
+    """A page that PAGES lacks would not be tested."""
+    assert sorted(PAGES[1:]) == sorted(ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("page, argv", TRAINING, ids=lambda value: value if isinstance(value, str) else "")
+def test_documented_train_command_has_divisible_batch(page, argv, tmp_path):
+    """With the number of ranks that the command starts, its flags and its --config."""
     pairs = (word.split("=") for word in argv if "=" in word)
     numbers = {flag: int(value) for flag, value in pairs if value.isdigit()}
     nodes = numbers.get("--nnodes", numbers.get("--nodes", 2 if "configs/slurm.sh" in argv else 1))
     world_size = nodes * numbers.get("--nproc_per_node", 8 if "configs/slurm.sh" in argv else 1)
     at = next(i for i, word in enumerate(argv) if word in ("scripts.train", "scripts/train.py", "configs/slurm.sh"))
     flags = argv[at + 1:]
-    if "--help" not in flags and "log/config.yaml" not in flags:
+    if "--help" not in flags:
         config = parse_args(TrainConfig, [*flags, "--log_dir", str(tmp_path)])
         check_config(config)
         assert grad_accum_steps(config.total_batch_size, config.micro_batch_size, config.seq_len, world_size) >= 1
+
+
+@pytest.mark.slow
+def test_documented_commands_run(tmp_path):
+    """All of them but NOT_RUN, in the order of the pages, in a copy of the repository; then the Python examples."""
+    repo = tmp_path / "a clone"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, repo / name)
+    (repo / "my_text.txt").write_text(TEXT.read_text() * 5)
+    for folder in ("books", "crawl"):
+        (repo / folder).mkdir()
+    shutil.copy(TEXT, repo / "books")
+    rows = "".join(f'{{"text": "Document {i} of a crawl."}}\n' for i in range(100))
+    with pyarrow.output_stream(str(repo / "crawl" / "a.jsonl.zst"), compression="zstd") as file:
+        file.write(rows.encode())
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    n_run = 0
+    for page, language, block in BLOCKS:
+        if language == "python":
+            lines = [f"python -c {shlex.quote(block)}"]
+        else:
+            lines = [line for name, line in COMMANDS if name == page and line in block.replace("\\\n", " ")]
+        for line in lines:
+            if any(re.search(pattern, line) for pattern in NOT_RUN.values()) and language != "python":
+                continue
+            print(f"{page}: {line}", flush=True)
+            done = subprocess.run(line, shell=True, cwd=repo, env=env, stdin=subprocess.DEVNULL)
+            assert done.returncode == (137 if "KILL" in line else 0), line
+            n_run += 1
+    assert n_run > 30

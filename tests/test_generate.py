@@ -23,7 +23,7 @@ COMMAND = ("-m", "scripts.generate", "--device", "cpu", "--dtype", "float32", "-
 
 @pytest.fixture(scope="module")
 def model():
-    """All tokens of GPT-2 but `<|endoftext|>`: its texts never end."""
+    """Return a model without `<|endoftext|>` in its vocabulary: its samples never end."""
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=32, vocab_size=50256, n_layer=2, n_head=2, n_embd=16))
 
@@ -41,7 +41,7 @@ def expected_texts(model, n_tokens, seed, n_samples=1):
 
 
 def test_samples_go_to_stdout_and_the_checkpoint_to_stderr(model, log_dir):
-    """40 tokens go beyond the context of 32."""
+    """40 tokens exceed the context of 32."""
     done = run(*COMMAND, log_dir, "--prompt", "MENENIUS:", "--num_samples", "2", "--max_new_tokens", "40")
     assert done.stdout == "\n---\n".join(expected_texts(model, 40, 1337, n_samples=2)) + "\n"
     assert done.stderr == f"{log_dir}/model_00003.pt: step 3, float32\n" and done.returncode == 0
@@ -70,11 +70,11 @@ class Terminal:
 
 
 def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, log_dir):
-    """The k-th prompt uses seed + k. A text appears as it is written, long before its end."""
+    """Prompt k uses seed + k. Samples are streamed."""
     pytest.importorskip("readline")
     terminal = Terminal(*COMMAND, log_dir, "--seed", "7", "--max_new_tokens", "1000000")
-    terminal.wait_for("model_00003.pt: step 3, float32\ntype a prompt, or Enter for none; Ctrl-C stops a text, Ctrl-D "
-                      "exits\n> ")
+    terminal.wait_for("model_00003.pt: step 3, float32\ntype a prompt, or Enter for none; Ctrl-C stops a sample, "
+                      "Ctrl-D exits\n> ")
     terminal.type("MENENIUS:\n")
     terminal.wait_for("MENENIUS:\n" + expected_texts(model, 20, seed=7)[0])
     terminal.type(CTRL_C)
@@ -92,7 +92,7 @@ def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, log_dir):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which of the two functions was called, with which prompt and dtype."""
+    """Record which of the two functions is called, with its prompt and dtype."""
     calls = []
     for name in ("run_interactive", "print_samples"):
         monkeypatch.setattr(generate, name, lambda config, model, tokenizer, name=name: calls.append(
@@ -102,8 +102,8 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("terminals, called", [({0, 1}, "run_interactive"), ({0}, "print_samples"),
                                                ({1}, "print_samples"), (set(), "print_samples")])
-def test_prompts_are_asked_for_on_a_terminal_only(log_dir, calls, monkeypatch, terminals, called):
-    """In a pipe or under cron, and if nobody sees the question, the prompt is a newline."""
+def test_main_asks_for_prompts_only_on_a_terminal(log_dir, calls, monkeypatch, terminals, called):
+    """If standard input or output is not a terminal, as in a pipe or under cron, the prompt is a newline."""
     monkeypatch.setattr(os, "isatty", terminals.__contains__)
     generate.main(generate.GenerateConfig(log_dir=str(log_dir), device="cpu", dtype="float32"))
     assert calls == [(called, "\n", "torch.float32")]
@@ -111,7 +111,7 @@ def test_prompts_are_asked_for_on_a_terminal_only(log_dir, calls, monkeypatch, t
 
 @pytest.mark.parametrize("dtype, precision, expected", [
     ("auto", "bf16", "bfloat16"), ("auto", "fp16", "float32"), ("float32", "bf16", "float32")])
-def test_auto_dtype_is_bfloat16_where_it_is_native(log_dir, calls, monkeypatch, capsys, dtype, precision, expected):
+def test_auto_dtype_is_bfloat16_if_native(log_dir, calls, monkeypatch, capsys, dtype, precision, expected):
     monkeypatch.setattr(generate, "select_precision", lambda name, device: precision)
     generate.main(generate.GenerateConfig(log_dir=str(log_dir), device="cpu", dtype=dtype, prompt="A"))
     assert calls == [("print_samples", "A", f"torch.{expected}")]

@@ -1,4 +1,4 @@
-"""gpt/generation.py: the KV cache, packed weights and sampling against plain formulas."""
+"""gpt/generation.py: the KV cache, packed weights and sampling against reference implementations."""
 
 import copy
 
@@ -13,7 +13,7 @@ from gpt.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def model():
-    """A model whose logits differ clearly, biases included."""
+    """Return a model with distinct logits and nonzero biases."""
     torch.manual_seed(0)
     net = GPT(GPTConfig(block_size=12, vocab_size=40, n_layer=2, n_head=2, n_embd=16))
     for parameter in net.parameters():
@@ -27,7 +27,7 @@ def columns(steps):
 
 @pytest.mark.parametrize("prompts", [[[1, 2], [3, 4]], [[1, 2, 3], [7], [*range(20)], [5] * 12]])
 def test_generate_equals_full_forward_passes_beyond_the_context(model, prompts):
-    """Prompts of the same and of different lengths in one batch, 30 tokens on a context of 12."""
+    """Prompts of equal and of different lengths in one batch, 30 new tokens with a context of 12."""
     rows, generator = [list(prompt) for prompt in prompts], torch.Generator().manual_seed(3)
     for _ in range(30):
         logits = torch.stack([model(torch.tensor([row[-12:]]))[0, -1] for row in rows])
@@ -36,8 +36,8 @@ def test_generate_equals_full_forward_passes_beyond_the_context(model, prompts):
     assert columns(generate(model, prompts, 30, seed=3)) == [row[-30:] for row in rows]
 
 
-def assert_logits_are_those_of(reference, model, tolerance):
-    """For a batch of prompts of different lengths and, through the cache, each of the next 7 tokens."""
+def assert_same_logits(reference, model, tolerance):
+    """Compare a batch of prompts of different lengths and, through the KV cache, each of the next 7 tokens."""
     rows = [[*range(1, 6)], [7], [9, 8, 7]]
     cache = KVCache(model, len(rows), 12)
     with torch.no_grad():
@@ -49,9 +49,9 @@ def assert_logits_are_those_of(reference, model, tolerance):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_cached_logits_are_those_of_a_full_forward_pass(model, dtype, tolerance):
-    """Greedy tokens alone would hide a small error."""
-    assert_logits_are_those_of(model, copy.deepcopy(model).to(dtype), tolerance)
+def test_kv_cache_logits_equal_full_forward_pass(model, dtype, tolerance):
+    """Comparing greedy tokens only would hide small errors."""
+    assert_same_logits(model, copy.deepcopy(model).to(dtype), tolerance)
 
 
 @pytest.mark.skipif(not CAN_PACK, reason="oneDNN packs weights on x86 only")
@@ -59,13 +59,13 @@ def test_cached_logits_are_those_of_a_full_forward_pass(model, dtype, tolerance)
 def test_packed_weights_give_the_same_logits(model, dtype, tolerance):
     packed = copy.deepcopy(model)
     prepare_for_inference(packed, dtype)
-    # No matrix is held twice, except that of the tied embedding.
+    # No matrix is stored twice, except the tied embedding.
     assert all(name.startswith(("wte", "wpe")) or p.ndim == 1 for name, p in packed.named_parameters())
     assert "lm_head" in vars(packed)
-    assert_logits_are_those_of(model, packed, tolerance)
+    assert_same_logits(model, packed, tolerance)
 
 
-def test_cache_reads_each_token_once(model):
+def test_generate_processes_each_token_once(model):
     shapes = []
     with model.h[0].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[:2]))):
         list(generate(model, [[1, 2, 3], [4]], 8))
@@ -74,7 +74,7 @@ def test_cache_reads_each_token_once(model):
 
 @pytest.mark.parametrize("temperature, top_k, top_p, n_kept", [
     (1.0, 0, 1.0, 5), (0.5, 0, 1.0, 5), (2.0, 3, 1.0, 3), (1.0, 99, 1.0, 5), (1.0, 0, 0.8, 3), (1.0, 0, 0.01, 1)])
-def test_sample_has_the_probabilities_of_the_formula(temperature, top_k, top_p, n_kept):
+def test_sample_frequencies_match_the_formula(temperature, top_k, top_p, n_kept):
     """softmax(logits / temperature) over the n most likely tokens; they have .55, .20, .12, .07 and .05 (for top_p)."""
     logits = torch.tensor([2.0, 0.5, 1.0, -0.5, 0.0])
     expected = torch.where(logits >= logits.sort(descending=True)[0][n_kept - 1], logits / temperature, -torch.inf)
@@ -86,8 +86,8 @@ def test_sample_has_the_probabilities_of_the_formula(temperature, top_k, top_p, 
     assert torch.all(frequencies[expected == 0] == 0)
 
 
-def test_seed_alone_decides_the_samples(model):
-    """Samples of one prompt differ; training's random numbers are neither used nor drawn."""
+def test_generate_depends_on_the_seed_alone(model):
+    """Samples of one prompt differ; the global random state is neither used nor changed."""
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = columns(generate(model, [[1]] * 3, 20, seed=7))
@@ -98,8 +98,8 @@ def test_seed_alone_decides_the_samples(model):
     assert columns(generate(model, [[1]] * 3, 20, seed=8)) != first
 
 
-def test_stop_token_ends_its_prompt_alone(model):
-    """It is repeated; the others continue as without it, and the last one to reach it ends the iterator."""
+def test_stop_token_ends_only_its_own_sample(model):
+    """It is repeated there; other samples are unchanged, and the iterator ends when all have reached it."""
     free = columns(generate(model, [[1], [2], [3]], 25, seed=1))
     stop = free[0][3]
     for row, expected in zip(columns(generate(model, [[1], [2], [3]], 25, seed=1, stop_token=stop)), free, strict=True):
@@ -110,7 +110,7 @@ def test_stop_token_ends_its_prompt_alone(model):
 
 
 def test_generate_restores_training_mode_when_abandoned(model):
-    """Otherwise sampling in the middle of training would switch off dropout for the rest of it."""
+    """Otherwise sampling during training would switch off dropout for the rest of the run."""
     model.train()
     steps = generate(model, [[1]], 2)
     next(steps)
@@ -121,7 +121,7 @@ def test_generate_restores_training_mode_when_abandoned(model):
 
 
 def scripted_model(ids):
-    """A model whose most likely token at position i is ids[i], whatever came before; with a padded vocabulary."""
+    """Return a model with a padded vocabulary whose most likely token at position i is ids[i] in any context."""
     model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=1, n_head=1, n_embd=32)).requires_grad_(False)
     for weight in (model.h[0].attn.c_proj.weight, model.h[0].mlp.c_proj.weight, model.wte.weight, model.wpe.weight):
         weight.zero_()
@@ -131,12 +131,12 @@ def scripted_model(ids):
     return model
 
 
-def test_streamed_characters_are_whole_and_end_of_text_is_hidden():
+def test_stream_text_yields_whole_characters_and_hides_end_of_text():
     tokenizer, text = Tokenizer(), "naïve 東京 🙂"
-    ids = [*tokenizer.encode(text), 50300, tokenizer.end_of_text]  # 50300: no token of the tokenizer
+    ids = [*tokenizer.encode(text), 50300, tokenizer.end_of_text]  # 50300: beyond the tokenizer's vocabulary
     model = scripted_model(ids)
     pieces = [piece for piece, in stream_text(model, tokenizer, ["A"], 31, temperature=0)]
     assert "".join(pieces) == "A" + text and "\ufffd" not in "".join(pieces)
-    assert len(pieces) == 1 + len(ids) + 1  # the prompt, one for each token, the rest
+    assert len(pieces) == 1 + len(ids) + 1  # the prompt, one per token, the remainder
     half = next(i for i in range(len(ids)) if tokenizer.decode(ids[:i]).endswith("\ufffd"))
     assert generate_text(model, tokenizer, ["A"], half, temperature=0) == ["A" + tokenizer.decode(ids[:half])]

@@ -1,6 +1,6 @@
-"""What must never change silently: figures that were written down once, and that a user's old runs depend on.
+"""Golden values that existing runs depend on and that must never change silently.
 
-If one changes on purpose, say so in the commit: runs that were begun before will not continue as they would have.
+If one changes on purpose, say so in the commit: older runs will no longer resume exactly.
 """
 
 import numpy as np
@@ -13,14 +13,14 @@ from tests.conftest import TEXT, TINY_BYTES, metrics, train
 FIRST_LOSSES = [5.5464, 5.4845, 5.3579, 5.2033, 5.0094, 4.8002, 4.6298, 4.4194, 4.3230, 4.2224]
 
 
-def test_first_ten_losses_of_a_tiny_run(byte_data, tmp_path):
-    """Initialisation, order of the data, loss, AdamW, clipping and schedule all go into them."""
+def test_train_repeats_golden_losses(byte_data, tmp_path):
+    """They depend on initialization, data order, loss, AdamW, clipping and schedule."""
     train(byte_data, tmp_path / "log", *TINY_BYTES, "--max_steps", "10", "--eval_every", "0")
     losses = [record["loss"] for record in metrics(tmp_path / "log", "train").values()]
     assert losses == pytest.approx(FIRST_LOSSES, abs=5e-4)
 
 
-def test_order_of_the_first_sequences(byte_data):
+def test_dataloader_repeats_golden_order(byte_data):
     """For seed 1337 and the 998 sequences of this data, in the first and in the second epoch."""
     loader = DataLoaderLite(byte_data, "train", micro_batch_size=4, seq_len=32, vocab_size=256, total_batch_size=256)
     first, offsets = loader.sequences_at(np.arange(12))
@@ -29,7 +29,7 @@ def test_order_of_the_first_sequences(byte_data):
     assert second.tolist() == [601, 435, 904, 770, 655, 480] and offsets.tolist() == [27] * 6
 
 
-def test_tokens_of_a_shard(tmp_path):
+def test_prepare_repeats_golden_tokens(tmp_path):
     """GPT-2's ids of a known text after <|endoftext|>, as uint16."""
     prepare.main(prepare.PrepareConfig(input=[str(TEXT)], out=str(tmp_path / "out")))
     shard = np.load(tmp_path / "out" / "train_00000.npy")

@@ -19,15 +19,15 @@ from gpt.hellaswag import Example, evaluate_hellaswag, load_examples, pack_examp
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 from tests import reference_hellaswag
-from tests.conftest import TINY, Fork, assert_refused, metrics, run
+from tests.conftest import TINY, Fork, assert_user_error, metrics, run
 from tests.reference_hellaswag import make_examples
 
 DATA = Path(__file__).parent / "data" / "hellaswag.jsonl"  # our own examples in the original format
-# A tokenizer of single bytes is fast, and its sequences are four times as long.
+# A byte-level tokenizer is fast, and its sequences are four times as long.
 BYTES = Tokenizer("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
 
 
-def make_model(block_size=1024, std=0.5):  # large enough that every key and position matters
+def make_model(block_size=1024, std=0.5):  # std: large enough that every key and position matters
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=257, n_layer=2, n_head=4, n_embd=48, dropout=0.1)).eval()
     for parameter in model.parameters():
@@ -38,8 +38,8 @@ def make_model(block_size=1024, std=0.5):  # large enough that every key and pos
 # One example fits into exactly 100 positions, another needs exactly 300.
 @pytest.mark.parametrize("block_size, rows", [(1024, {1}), (299, {1, 4}), (100, {1, 4}), (12, {4}), (1, {4})])
 @pytest.mark.parametrize("batch_tokens", [1, 4000])
-def test_scores_equal_the_reference(block_size, rows, batch_tokens):
-    """Packed rows give the losses and choices of one ending at a time, with contexts and endings cut too."""
+def test_score_endings_equals_the_reference(block_size, rows, batch_tokens):
+    """Packed rows give the losses and choices of one ending per row, also with truncated contexts and endings."""
     model, examples = make_model(block_size), load_examples(str(DATA)) + make_examples(12)
     assert {len(pack_example(0, example, BYTES, model.config)) for example in examples} == rows
     *_, (sums, counts) = score_endings(model, BYTES, examples, batch_tokens)
@@ -48,8 +48,8 @@ def test_scores_equal_the_reference(block_size, rows, batch_tokens):
     assert torch.equal(scores.argmin(2), expected.argmin(2)) and len(expected.argmin(2).unique()) > 1
 
 
-def test_scores_in_bfloat16_are_close():
-    """Autocast is in effect: the losses are near those in float32, and not the same."""
+def test_score_endings_is_close_in_bfloat16():
+    """Losses are close to float32 but not equal, so autocast is active."""
     model, examples = make_model(std=0.02), make_examples(12)
     with torch.autocast("cpu", torch.bfloat16):
         *_, (sums, _) = score_endings(model, BYTES, examples, 4000)
@@ -58,7 +58,7 @@ def test_scores_in_bfloat16_are_close():
     assert (sums != expected).any(1).all()
 
 
-def test_accuracy_and_standard_error():
+def test_evaluate_hellaswag_returns_accuracy_and_standard_error():
     """The fraction of the reference's choices that equal the labels, and the standard error of a proportion."""
     model, examples = make_model(), make_examples(30)
     labels = torch.tensor([example.label for example in examples])
@@ -74,8 +74,8 @@ def test_accuracy_and_standard_error():
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_rank_without_examples_follows_the_other(stopped):
-    """Of a single example rank 1 of 2 scores none; if only rank 0 got a signal, rank 1 stops too."""
+def test_rank_without_examples_returns_the_global_result(stopped):
+    """With a single example, rank 1 of 2 scores none; if only rank 0 got a signal, rank 1 stops too."""
     dist = Distributed(1, 2, torch.device("cpu"))
     dist.gather = lambda values: [[1, 0, 1, stopped], values.tolist()]
     result = evaluate_hellaswag(make_model(), BYTES, make_examples(1), contextlib.nullcontext(), dist, 4000)
@@ -85,7 +85,7 @@ def test_rank_without_examples_follows_the_other(stopped):
 
 @pytest.fixture(scope="module")
 def log_dir(data_root, tmp_path_factory):
-    """A training run that SIGTERM ended in the middle of an evaluation, and that was resumed."""
+    """Return the log_dir of a run that SIGTERM stopped during an evaluation and that was then resumed."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "many.jsonl").write_text(DATA.read_text() * 2000)  # takes more than a minute
     args = ["-m", "scripts.train", "--data_root", data_root, "--log_dir", folder, *TINY, "--max_steps", "5",
@@ -104,8 +104,8 @@ def log_dir(data_root, tmp_path_factory):
 
 @pytest.mark.parametrize("command", [
     ["-m", "scripts.eval_hellaswag"], ["torchrun", "--standalone", "--nproc_per_node=2", "scripts/eval_hellaswag.py"]])
-def test_command_equals_training(log_dir, command):
-    """Training evaluates at its steps, the interrupted one too; the command gives the same, also on two ranks."""
+def test_eval_hellaswag_equals_evaluation_in_training(log_dir, command):
+    """Training evaluates at every due step, the interrupted one too; the command agrees, also on two ranks."""
     records = metrics(log_dir, "hellaswag")
     assert sorted(records) == [2, 4, 5]
     done = run(*command, "--log_dir", log_dir, "--data", DATA, "--device", "cpu", "--precision", "float32")
@@ -116,9 +116,9 @@ def test_command_equals_training(log_dir, command):
     (log_dir / "hellaswag.json").unlink()
 
 
-def test_command_without_network_names_the_flag(tmp_path):
+def test_eval_hellaswag_without_network_names_the_flag(tmp_path):
     done = Fork("-m", "scripts.eval_hellaswag", HF_HUB_OFFLINE=1, HF_HOME=tmp_path).result()
-    assert_refused(done, "Rowan/hellaswag cannot be read", "hellaswag_val.jsonl", "--data")
+    assert_user_error(done, "Rowan/hellaswag cannot be read", "hellaswag_val.jsonl", "--data")
 
 
 def test_load_examples_reads_the_original_format(tmp_path):

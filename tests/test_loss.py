@@ -34,7 +34,7 @@ def test_loss_and_gradients_equal_those_of_full_logits(N, V, C):
     x, weight, targets, expected, expected_grads = make_inputs(N, V, C)
     loss = linear_cross_entropy(x, weight, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    # 3: the gradient that arrives is passed on, not taken for 1
+    # 3: the incoming gradient is used, not assumed to be 1
     assert max(relative_errors(3 * loss, (x, weight), [3 * grad for grad in expected_grads])) <= 1e-5
     with torch.no_grad():
         assert linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -43,7 +43,7 @@ def test_loss_and_gradients_equal_those_of_full_logits(N, V, C):
 
 
 def test_large_logits_do_not_overflow():
-    """A model that is very sure, right or wrong, has a finite loss."""
+    """Very confident predictions, right or wrong, have a finite loss."""
     x, weight = torch.full((2, 1), 1.0), torch.tensor([[0.0], [300.0], [-300.0]], requires_grad=True)
     assert linear_cross_entropy(x, weight, torch.tensor([1, 1])).item() == pytest.approx(0, abs=1e-6)
     assert linear_cross_entropy(x, weight, torch.tensor([2, 2])).item() == pytest.approx(600, rel=1e-5)
@@ -72,7 +72,7 @@ def test_training_step_needs_half_the_memory_of_full_logits(monkeypatch):
             optimizer = configure_optimizer(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()  # makes AdamW's state, which every later step finds
+            optimizer.step()  # creates AdamW's state, which every later step has
             optimizer.zero_grad()
             memory = MemTracker()
             memory.track_external(model, optimizer)

@@ -1,4 +1,4 @@
-"""gpt/metrics.py: a line for every step, whatever happens to the file; and the memory of what was evaluated."""
+"""gpt/metrics.py: every step is logged, even after failed writes, and resumed runs know what was evaluated."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from scripts.train import TrainConfig
 
 
 def start(folder: Path, step: int = 0, **settings) -> RunLog:
-    """Return the log of a run with 64 tokens a step and 96 an epoch, at `step`."""
+    """Return the log of a run with 64 tokens per step and 96 per epoch, at `step`."""
     np.save(folder / "train_00000.npy", np.zeros(100, dtype=np.uint16))
     loader = DataLoaderLite(folder, "train", micro_batch_size=4, seq_len=16, vocab_size=30, total_batch_size=64)
     config = replace(TrainConfig(log_dir=str(folder), seq_len=16, micro_batch_size=4, total_batch_size=64, max_steps=4,
@@ -42,7 +42,7 @@ def steps_in(path):
 
 
 def test_step_is_appended_later_if_the_file_cannot_be_written(tmp_path, capsys):
-    """Once and in order, without the half of a line that a full disk took; one warning."""
+    """Once and in order, without the partial line that a full disk left; with one warning."""
     log = start(tmp_path)
     step(log, 0)
     log.path.rename(tmp_path / "aside")
@@ -68,8 +68,8 @@ def test_step_derives_speed_and_epoch(tmp_path, capsys):
             in capsys.readouterr().out)
 
 
-def test_terminal_shows_a_bar_in_place_of_step_lines(tmp_path, monkeypatch):
-    """With loss, speed and time left; a validation gets a line above it."""
+def test_terminal_shows_a_progress_bar_instead_of_step_lines(tmp_path, monkeypatch):
+    """With loss, speed and time left; validation results are printed above it."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -85,7 +85,7 @@ def test_terminal_shows_a_bar_in_place_of_step_lines(tmp_path, monkeypatch):
 
 
 def test_resumed_log_keeps_the_evaluations_of_its_model(tmp_path):
-    """Resumed at step 2: what came after its checkpoint is evaluated and logged again."""
+    """Resumed at step 2: later records are removed, to be evaluated and logged again."""
     log = start(tmp_path)
     assert log.best_loss == float("inf") and not log.out_of_patience
     for number in range(4):
@@ -93,7 +93,7 @@ def test_resumed_log_keeps_the_evaluations_of_its_model(tmp_path):
         log.validation(step=number + 1, loss=5.0 - number, bits_per_byte=None)
         log.samples(step=number + 1, texts=[f"text {number} Ü\ufffd"])
     with open(log.path, "ab") as file:
-        file.write(b'\xff{"step": "x", "split": 3, "loss": []}\n[1]\n{"step": 1, "spl')  # what a kill or worse leaves
+        file.write(b'\xff{"step": "x", "split": 3, "loss": []}\n[1]\n{"step": 1, "spl')  # damage from a kill or worse
     again = start(tmp_path, step=2)
     assert [(record["step"], record["split"]) for record in read_metrics(again.path)] == [
         (0, "train"), (1, "val"), (1, "train"), (2, "val")]
@@ -115,8 +115,8 @@ def test_failing_tracker_does_not_end_the_run(tmp_path, capsys):
     assert steps_in(log.path) == [0, 1, 2]
 
 
-def test_wandb_run_has_one_id_until_the_run_begins_again(tmp_path, monkeypatch):
-    """The package itself is used in test_train_settings.py; one that is not installed is a UserError."""
+def test_wandb_id_is_kept_until_the_run_restarts_from_step_0(tmp_path, monkeypatch):
+    """The package itself is used in test_train_settings.py; a missing package is a UserError."""
     runs = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **args: runs.append(args), Error=Exception))
     for first_step in (0, 2, 0):

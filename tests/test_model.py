@@ -13,7 +13,7 @@ from gpt.model import GPT, attention
 
 @pytest.mark.parametrize("size, parameters", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
                                               ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
-def test_num_parameters_is_that_of_the_released_model(size, parameters):
+def test_num_parameters_equals_the_released_model(size, parameters):
     """The tied embedding is counted once."""
     with torch.device("meta"):
         assert GPT(GPTConfig(**GPT2_CONFIGS[size])).num_parameters() == parameters
@@ -27,7 +27,7 @@ def transposed(name, tensor):
 @pytest.mark.parametrize("n_layer, n_head, n_embd, block_size, B, T", [
     (1, 1, 8, 16, 1, 1), (3, 5, 40, 20, 3, 19), (2, 4, 64, 128, 2, 128)])
 def test_logits_loss_and_gradients_equal_transformers(n_layer, n_head, n_embd, block_size, B, T):
-    """Any mistake in norm, causal attention, GELU, positions or tying would show."""
+    """Covers LayerNorm, causal attention, GELU, positions and weight tying."""
     torch.manual_seed(n_layer)
     model = GPT(GPTConfig(block_size, 211, n_layer, n_head, n_embd))
     for parameter in model.parameters():  # away from the small initial values, biases and norms too
@@ -49,7 +49,7 @@ def test_logits_loss_and_gradients_equal_transformers(n_layer, n_head, n_embd, b
         assert (grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
 
 
-def test_initial_weights_are_gpt2s():
+def test_initial_weights_follow_gpt2():
     """Standard deviation 0.02, in residual projections 0.02 / sqrt(2 n_layer): the first loss is ln(vocab_size)."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=5000, n_layer=8, n_head=4, n_embd=128))
@@ -70,7 +70,7 @@ def small_model(**changes):
     return GPT(GPTConfig(**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16) | changes))
 
 
-def test_dropout_is_for_training_only():
+def test_dropout_is_off_in_eval_mode():
     model, idx = small_model(dropout=0.5), torch.randint(50, (2, 16))
     assert not torch.equal(model(idx), model(idx))
     model.eval()
@@ -79,7 +79,7 @@ def test_dropout_is_for_training_only():
 
 @pytest.mark.parametrize("T, D, masked", [(1, 8, False), (64, 8, False), (65, 8, False), (40, 16, True)])
 def test_attention_under_cpu_autocast_equals_the_formula(T, D, masked):
-    """Up to 8 * D tokens take another path than longer or masked ones; both are within bfloat16's rounding."""
+    """Up to 8 * D tokens use another kernel than longer or masked sequences; both are within bfloat16 rounding."""
     torch.manual_seed(T)
     q, k, v, grad = torch.randn(4, 2, 3, T, D, dtype=torch.float64)
     mask = torch.rand(2, 1, T, T) < 0.5 if masked else torch.ones(T, T, dtype=torch.bool)
@@ -95,7 +95,7 @@ def test_attention_under_cpu_autocast_equals_the_formula(T, D, masked):
     assert (y_grad - expected_grad).norm() <= 0.02 * expected_grad.norm()
 
 
-def test_attention_under_cpu_autocast_drops_out():
+def test_attention_under_cpu_autocast_applies_dropout():
     """Half of the attention weights are zero and the others doubled: with all values 1 the mean stays 1."""
     q, v = torch.zeros(4, 4, 32, 8), torch.ones(4, 4, 32, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -105,7 +105,7 @@ def test_attention_under_cpu_autocast_drops_out():
 
 
 def test_compiled_loss_has_no_graph_break():
-    """fullgraph=True raises at one; under autocast and at two lengths."""
+    """fullgraph=True would raise at one; under autocast, at two sequence lengths."""
     model = small_model(block_size=96)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for T in (32, 96):

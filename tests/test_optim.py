@@ -38,7 +38,7 @@ def test_get_lr_warms_up_and_follows_half_a_cosine():
 
 
 def test_adamw_follows_its_formula():
-    """Three updates, with decay of matrices only (Loshchilov and Hutter 2019, algorithm 2)."""
+    """Three steps, with weight decay on matrices only (Loshchilov and Hutter 2019, algorithm 2)."""
     lr, decay, (b1, b2) = SETTINGS.values()
     model = make_model()
     optimizer = configure_optimizer(model, "adamw", **SETTINGS)
@@ -57,7 +57,7 @@ def test_adamw_follows_its_formula():
         assert torch.allclose(p.double(), w[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = make_model()
     groups = configure_optimizer(model, "muon", **SETTINGS).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
@@ -68,8 +68,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert sorted(decayed + not_decayed + muon) == sorted(names.values())
 
 
-def test_muon_with_adamw_updates_as_two_optimizers_would(monkeypatch):
-    """With PyTorch's five iterations, its Muon on separate query, key and value matrices; state loaded on the way."""
+def test_muon_with_adamw_updates_like_two_separate_optimizers(monkeypatch):
+    """With PyTorch's five iterations, its Muon on separate query, key and value matrices; state reloaded midway."""
     monkeypatch.setattr(optim, "NEWTON_SCHULZ", 5 * [(3.4445, -4.7750, 2.0315)])
     model = make_model()
     optimizer = configure_optimizer(model, "muon", **SETTINGS)

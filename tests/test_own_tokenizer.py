@@ -1,4 +1,4 @@
-"""A tokenizer learned from one's own text, through data, training and export, by the commands of the README."""
+"""A custom tokenizer through data preparation, training and export, by the commands of docs/data.md."""
 
 import json
 import math
@@ -22,7 +22,7 @@ SPEECHES = [speech for speech in TEXT.read_text().split("\n\n") if speech.strip(
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with text, tokenizer, data, a run and its export."""
+    """Return a folder with text, tokenizer, data, a run and its export."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "speeches.jsonl").write_text("".join(json.dumps({"text": speech}) + "\n" for speech in SPEECHES))
     text = ["--input", folder / "speeches.jsonl", "--val_fraction", "0.2"]
@@ -37,13 +37,13 @@ def project(tmp_path_factory):
 
 
 def test_tokenizer_learns_from_the_train_split_only(project):
-    """A tokenizer that has seen the validation text flatters every run on it."""
+    """A tokenizer trained on validation text would bias every val loss."""
     train = [speech for speech in SPEECHES if assign_split(speech, 0.2) == "train"]
     assert (project / "tokenizer" / "tokenizer.tiktoken").read_text() == Tokenizer.train(train, 600).merge_table
 
 
 def test_data_and_checkpoint_carry_the_tokenizer(project):
-    """Nobody should have to say again which tokenizer it was."""
+    """Later commands must not need a tokenizer flag."""
     meta = read_meta(project / "data")
     table = (project / "tokenizer" / "tokenizer.tiktoken").read_text()
     assert read_tokenizer(project / "data", meta).merge_table == table
@@ -55,7 +55,7 @@ def test_data_and_checkpoint_carry_the_tokenizer(project):
 
 
 def test_bits_per_byte_follow_the_formula(project):
-    """-log2 of the probability of the validation text, divided by its bytes: what compares tokenizers."""
+    """-log2 of the probability of the validation text, divided by its bytes: comparable across tokenizers."""
     content = checkpoint.load_checkpoint(project / "log" / "model_00003.pt")
     model, tokenizer = GPT.from_checkpoint(content).eval(), Tokenizer(content["tokenizer"])
     tokens = torch.from_numpy(open_shard(find_shards(project / "data", "val")[0]).astype("int64"))
@@ -67,7 +67,7 @@ def test_bits_per_byte_follow_the_formula(project):
     assert metrics(project / "log", "val")[3]["bits_per_byte"] == pytest.approx(bits / n_bytes, rel=1e-5)
 
 
-def test_export_is_read_by_transformers_and_by_us(project):
+def test_exported_tokenizer_loads_in_transformers_and_gpt(project):
     tokenizer, hf_tokenizer = Tokenizer.load(project / "data"), AutoTokenizer.from_pretrained(project / "export")
     text = TEXT.read_text() + " naïve café 東京 🙂  \t\n\n  12345 don't I'll  'twas"
     assert hf_tokenizer(text)["input_ids"] == tokenizer.encode(text)
@@ -75,9 +75,9 @@ def test_export_is_read_by_transformers_and_by_us(project):
     assert checkpoint.load_checkpoint(project / "export")["tokenizer"] == tokenizer.merge_table
 
 
-def test_data_of_another_tokenizer_is_refused(project, tmp_path):
-    """Ids of one tokenizer are noise to a model of another."""
-    with pytest.raises(UserError, match="has the tokenizer bpe600-.*, the model has gpt2"):
+def test_data_of_another_tokenizer_is_rejected(project, tmp_path):
+    """Token ids of one tokenizer are noise to a model trained with another."""
+    with pytest.raises(UserError, match="has tokenizer bpe600-.*, but the model has gpt2"):
         read_tokens(project / "data", Tokenizer())
     Tokenizer.train(SPEECHES, 500).save(tmp_path)
     with pytest.raises(UserError, match="names the tokenizer bpe600-.*, but tokenizer.tiktoken is bpe500-"):

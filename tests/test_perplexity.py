@@ -16,7 +16,7 @@ from tests.conftest import TEXT, run
 
 
 def random_model(block_size, vocab_size):
-    """A model whose logits differ clearly."""
+    """Return a model with distinct logits."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16))
     for parameter in model.parameters():
@@ -25,7 +25,7 @@ def random_model(block_size, vocab_size):
 
 
 def reference_losses(model, tokens, stride):
-    """The loss of each token in the first window that reaches it, if another token precedes it there."""
+    """Return the loss of each token in the first window that contains it, if another token precedes it there."""
     losses = []
     for i in range(1, len(tokens)):
         begin = stride * max(0, math.ceil((i + 1 - model.config.block_size) / stride))
@@ -36,7 +36,7 @@ def reference_losses(model, tokens, stride):
 
 
 @pytest.mark.parametrize("stride", [1, 3, 19, 20])
-def test_sliding_window_losses_are_those_of_the_formula(stride):
+def test_sliding_window_losses_equal_the_reference(stride):
     """For every kind of remainder, in batches of any size."""
     model = random_model(block_size=20, vocab_size=90)
     for n in (2, 19, 20, 21, 40, 77):
@@ -49,7 +49,7 @@ def test_sliding_window_losses_are_those_of_the_formula(stride):
             assert stride == 20 or targets.tolist() == tokens[1:].tolist()  # each once, all but the first
 
 
-def test_command_reports_the_perplexity_of_the_formula(tmp_path):
+def test_eval_perplexity_equals_the_reference(tmp_path):
     """By default the stride is half the context. Bits per byte count the text's bytes without its first token's."""
     model, tokenizer, text = random_model(block_size=48, vocab_size=50257), Tokenizer(), TEXT.read_text()[:1500]
     save_model(tmp_path / "model.pt", model, step=0, tokenizer="gpt2")

@@ -1,4 +1,4 @@
-"""scripts.plot: what the figure shows, also of an incomplete run."""
+"""scripts.plot: content and layout of the figure, also for incomplete runs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def make_run(name: str, steps: int = 40, val: dict[int, float] | None = None, **settings) -> Run:
-    """A run of 1,000 tokens a step; its training loss falls from 5 to 3, and one gradient norm is null."""
+    """Write and read a run of 1,000 tokens per step; training loss falls from 5 to 3, and one gradient norm is null."""
     records = [{"step": step, "split": "train", "loss": 3 + 2 * 0.8 ** step, "lr": 6e-4, "tokens_per_s": 5000.5,
                 "grad_norm": None if step == 7 else 1.0} for step in range(steps)]
     val = {10: 4.25, 20: 3.5, 30: 3.75} if val is None else val
@@ -44,7 +44,7 @@ def test_plot_draws_a_run_of_scripts_train_without_importing_torch(byte_data, tm
     assert "matplotlib" in done.stderr.split() and "torch" not in done.stderr.split()  # the imported modules
 
 
-def test_extension_chooses_the_image_format(capsys):
+def test_extension_selects_the_image_format(capsys):
     make_run("a"), make_run("b", val={5: 4.0, 1000: 3.125})
     for suffix, start in {"jpg": b"\xff\xd8", "PDF": b"%PDF", "svg": b"<?xml"}.items():
         main(PlotConfig(["a", "b/"], out=f"both.{suffix}"))
@@ -79,7 +79,7 @@ def test_axis_limits_leave_out_first_steps_and_spikes():
     low, high = axis_limits([(steps, loss), (np.array([0, 10_000, 20_000]), np.array([11, 3.1, 2.9]))])
     assert 2.7 < low < 2.9 and loss[1200] < high < 4
     low, high = axis_limits([(np.arange(3), np.array([11.0, 9.0, 8.0]))])
-    assert low < 8 and high > 11  # of three steps all are seen
+    assert low < 8 and high > 11  # all three steps are visible
 
 
 def test_legend_has_best_loss_and_the_settings_that_differ():
@@ -94,7 +94,7 @@ def test_legend_has_best_loss_and_the_settings_that_differ():
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])
-def test_nothing_overlaps_and_every_run_has_its_own_style(count):
+def test_figure_has_no_overlaps_and_one_style_per_run(count):
     figure = plot_runs([make_run(f"_{i}", **dict.fromkeys("UVWXYZ", f"MUON_ADAMW_{i}"))
                          for i in range(count)], "steps")
     figure.draw_without_rendering()
@@ -107,7 +107,7 @@ def test_nothing_overlaps_and_every_run_has_its_own_style(count):
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
-def test_incomplete_runs_are_plotted(capsys):
+def test_main_plots_incomplete_runs(capsys):
     make_run("train_only", val={}), make_run("val_only", steps=0)
     Path("train_only/config.yaml").unlink()
     with open("train_only/metrics.jsonl", "a") as file:
@@ -121,8 +121,8 @@ def test_incomplete_runs_are_plotted(capsys):
     (PlotConfig(["a", "empty"]), "no losses in empty/metrics.jsonl: pass the log_dir of a run"),
     (PlotConfig(["nope"]), "no losses in nope/metrics.jsonl: pass the log_dir of a run"),
     (PlotConfig(["a"], out="x.docx"), "x.docx has an unknown extension: expected .png, .jpg, .pdf, .svg"),
-    (PlotConfig(["a"], x="tokens"), "the tokens of a are not known because it has no config.yaml: pass --x steps")])
-def test_errors_name_the_problem(config, message):
+    (PlotConfig(["a"], x="tokens"), "no total_batch_size in a/config.yaml for --x tokens: pass --x steps")])
+def test_main_names_the_problem(config, message):
     make_run("a"), Path("empty").mkdir(), Path("a/config.yaml").unlink()
     with pytest.raises(UserError, match=message):
         main(config)

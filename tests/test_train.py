@@ -1,4 +1,4 @@
-"""scripts/train.py, as typed: what a run computes, prints and leaves, and how another one begins with it."""
+"""scripts/train.py, as typed: what a run computes, prints and writes, and how later runs use it."""
 
 import math
 import re
@@ -13,20 +13,19 @@ import yaml
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
 from gpt.model import GPT
-from tests.conftest import RUN, TINY, TINY_BYTES, assert_refused, assert_same_results, metrics, run, run_ranks, train
+from tests.conftest import RUN, TINY, TINY_BYTES, assert_same_results, assert_user_error, metrics, run, run_ranks, train
 
 
 @pytest.fixture(scope="module")
 def finished(data_root, tmp_path_factory):
-    """A run on GPT-2's tokens, with dropout and samples: its folder and what it printed."""
+    """Return the folder and the output of a run on GPT-2's tokens, with dropout and samples."""
     log_dir = tmp_path_factory.mktemp("finished")
     done = train(data_root, log_dir, "--max_steps", 8, "--eval_every", 4, "--save_every", 4, "--sample_every", 4,
                  "--sample_prompts", "ROMEO:", "JULIET:", "--model.dropout", 0.1)
     return log_dir, done
 
 
-def test_run_prints_and_leaves_what_others_rely_on(finished):
-    """Lines, files and keys."""
+def test_run_prints_and_writes_the_documented_lines_and_files(finished):
     log_dir, done = finished
     assert done.stdout.splitlines()[:3] == ["found 2 shards for split train", "found 1 shards for split val",
                                             "using device: cpu"]
@@ -57,7 +56,7 @@ def test_metrics_and_checkpoints_have_their_keys(finished):
 
 
 def test_validation_loss_is_the_mean_over_the_first_tokens(finished, data_root):
-    """Without dropout, each of the 512 tokens once. Anyone can load the model, and compute it on full logits."""
+    """Without dropout, each of the 512 tokens once; recomputed from the checkpoint with full logits."""
     log_dir, _ = finished
     content = torch.load(log_dir / "model_00008.pt")
     model = GPT(GPTConfig(**content["config"])).eval()
@@ -70,7 +69,7 @@ def test_validation_loss_is_the_mean_over_the_first_tokens(finished, data_root):
 
 
 def test_training_equals_a_plain_pytorch_loop(byte_data, tmp_path):
-    """One batch a step in place of two micro-steps, full logits, and the schedule by its formula."""
+    """One batch per step instead of two micro-steps, full logits, and the schedule by its formula."""
     train(byte_data, tmp_path, *RUN, "--model.dropout", 0, "--grad_clip", 0.8)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
@@ -102,24 +101,25 @@ def test_config_yaml_repeats_the_run(uninterrupted_run, tmp_path):
     assert_same_results(uninterrupted_run, tmp_path)
 
 
-def test_finished_run_is_left_as_it_is(uninterrupted_run, byte_data):
-    """Started again it says so; with another model config or other data it is refused. No file changes."""
+def test_finished_run_is_unchanged_when_rerun(uninterrupted_run, byte_data):
+    """A rerun prints that it is finished; with another model config it is an error. No file changes."""
     before = {path.name: path.stat().st_mtime_ns for path in uninterrupted_run.iterdir()}
     args = ["-m", "scripts.train", "--data_root", byte_data, "--log_dir", uninterrupted_run, *RUN]
     assert "the run is finished, step 12 of 12; raise --max_steps" in run(*args).stdout
-    assert_refused(run(*args, "--model.n_layer", "3", "--model.dropout", 0, "--seq_len", "64"),
-                   "another model config (block_size: checkpoint 32, requested 64; n_layer: checkpoint 2, requested 3)")
+    assert_user_error(run(*args, "--model.n_layer", "3", "--model.dropout", 0, "--seq_len", "64"),
+                      "another model config (block_size: checkpoint 32, requested 64; n_layer: checkpoint 2, "
+                      "requested 3)")
     assert {path.name: path.stat().st_mtime_ns for path in uninterrupted_run.iterdir()} == before
 
 
-def test_other_data_needs_a_new_run_with_init_from(uninterrupted_run, byte_data, tmp_path):
-    """Which begins as good as the old one ended, whatever model config the flags say, with any optimizer."""
+def test_resume_with_other_data_requires_init_from(uninterrupted_run, byte_data, tmp_path):
+    """The new run starts at the old run's final loss, with the checkpoint's model config and any optimizer."""
     data, log_dir = shutil.copytree(byte_data, tmp_path / "data"), shutil.copytree(uninterrupted_run, tmp_path / "log")
     shutil.copy(data / "train_00001.npy", data / "train_00000.npy")
     args = ["-m", "scripts.train", "--data_root", data, *RUN]
     init_from = ["--init_from", log_dir / "model_00012.pt", "--log_dir"]
-    assert_refused(run(*args, "--log_dir", log_dir), "train_00000.npy: was 20000 tokens",
-                   f"start a new run from these weights with {' '.join(map(str, init_from))} NEW")
+    assert_user_error(run(*args, "--log_dir", log_dir), "train_00000.npy: was 20000 tokens",
+                      f"start a new run from these weights with {' '.join(map(str, init_from))} NEW")
     done = run(*args, *init_from, tmp_path / "new", "--model.n_layer", 7, "--seq_len", 16, "--optimizer", "muon")
     assert done.returncode == 0, done.stderr
     old, new = (metrics(folder, "train") for folder in (log_dir, tmp_path / "new"))
@@ -128,7 +128,7 @@ def test_other_data_needs_a_new_run_with_init_from(uninterrupted_run, byte_data,
 
 
 def test_fp16_run_resumes_exactly_and_skips_updates_that_overflow(byte_data, tmp_path):
-    """With Muon, and without the validation that the first half had. A skipped update is said; it changes no weight."""
+    """With Muon, and only one half has validation. A skipped update is reported and changes no weight."""
     args = [*TINY_BYTES, "--precision", "fp16", "--optimizer", "muon", "--warmup_steps", 0, "--min_lr_ratio", 1,
             "--sample_every", 0]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -148,7 +148,7 @@ def test_fp16_run_resumes_exactly_and_skips_updates_that_overflow(byte_data, tmp
 
 
 @pytest.mark.slow
-def test_compiled_ranks_train_as_plain_ones(data_root, tmp_path):
+def test_compiled_ranks_train_like_eager_ones(data_root, tmp_path):
     """torch.compile (a minute on a CPU) changes the speed, not the losses; evaluation and sampling work with it."""
     args = ["-m", "scripts.train", "--data_root", data_root, *TINY, "--max_steps", 4, "--eval_every", 2,
             "--sample_every", 2]

@@ -1,4 +1,4 @@
-"""gpt/resolve.py, and the settings of scripts/train.py that change when a run ends and where it is shown."""
+"""gpt/resolve.py, and settings of scripts/train.py: early stopping, overfitting one batch, trackers."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def resolve_tiny(data_root, **settings):
 @pytest.mark.parametrize("settings, max_steps", [
     ({"max_tokens": 1025}, 5), ({"max_epochs": 0.1}, 13), ({"max_steps": 7}, 7)])
 def test_resolve_turns_tokens_and_epochs_into_steps(byte_data, settings, max_steps):
-    """0.1 epochs of 998 x 32 bytes are 12.5 steps. A resume with config.yaml can then raise --max_steps."""
+    """0.1 epochs of 998 x 32 bytes are 12.5 steps. Resuming with config.yaml can then raise --max_steps."""
     config = resolve_tiny(byte_data, seq_len=32, micro_batch_size=4, total_batch_size=256, **settings)[0]
     assert (config.max_steps, config.max_tokens, config.max_epochs) == (max_steps, 0, 0)
 
 
-def test_resolve_decides_all_that_is_automatic(tmp_path):
-    """The sequence length fits the 100 validation tokens; a last shard without room for one sequence is left out."""
+def test_resolve_replaces_all_automatic_settings(tmp_path):
+    """The sequence length fits the 100 validation tokens; a last shard too short for a sequence is skipped."""
     save_shards(tmp_path, torch.arange(705).remainder(50).numpy(), 600, 605)
     config, model, tokenizer, train_loader, val_loader = resolve_tiny(
         tmp_path, seq_len="auto", micro_batch_size=1, total_batch_size=64)
@@ -43,13 +43,13 @@ def test_resolve_decides_all_that_is_automatic(tmp_path):
 @pytest.mark.parametrize("settings, message", [
     ({"init_from": "gpt2"}, "a run with --init_from scratch, not gpt2: pass another --log_dir"),
     ({"overfit_one_batch": True}, "a run with --overfit_one_batch False, not True: pass another --log_dir")])
-def test_init_model_refuses_to_resume_another_kind_of_run(uninterrupted_run, settings, message):
+def test_init_model_rejects_resuming_another_kind_of_run(uninterrupted_run, settings, message):
     with pytest.raises(UserError, match=message):
         init_model(TrainConfig(**settings), 256, None, load_checkpoint(uninterrupted_run / "model_00012.pt"))
 
 
 def test_patience_ends_a_run_without_improvement(byte_data, tmp_path):
-    """With a checkpoint and status 0: two ranks that start it again end, too, though only rank 0 reads the log."""
+    """With a checkpoint and status 0. A rerun on two ranks ends on both, although only rank 0 reads the log."""
     args = [*TINY_BYTES, "--eval_every", "2", "--sample_every", "0", "--max_lr", "3", "--grad_clip", "0",
             "--warmup_steps", "0", "--min_lr_ratio", "1", "--max_steps", "60", "--patience", "3"]
     done = train(byte_data, tmp_path, *args)
@@ -64,14 +64,14 @@ def test_patience_ends_a_run_without_improvement(byte_data, tmp_path):
 
 
 def test_overfit_one_batch_reaches_a_low_loss(byte_data, tmp_path):
-    """The 256 bytes of the first batch, without a validation; the loss of English bytes stays above 2 in this model."""
+    """On the 256 bytes of the first batch, without validation; on varied text this model's loss stays above 2."""
     train(byte_data, tmp_path, *TINY_BYTES, "--eval_every", "5", "--sample_every", "0", "--max_steps", "120",
           "--max_lr", "3e-2", "--overfit_one_batch", "true")
     assert metrics(tmp_path, "train")[119]["loss"] < 0.5 and not metrics(tmp_path, "val")
 
 
-def test_trackers_have_every_scalar(data_root, tmp_path, monkeypatch):
-    """TensorBoard's files, read with its own reader, and those of Weights & Biases, offline, which copies them."""
+def test_trackers_log_every_scalar(data_root, tmp_path, monkeypatch):
+    """TensorBoard files, read with TensorBoard's reader, and an offline Weights & Biases run, which copies them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
