@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import pyarrow
+import pytest
 
 from gpt.dataloader import grad_accum_steps
 from gpt.resolve import check_config
