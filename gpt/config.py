@@ -7,7 +7,7 @@ from gpt.errors import UserError
 
 @dataclass
 class GPTConfig:
-    """Sizes of a model; the defaults are GPT-2 124M. Raises UserError for impossible values."""
+    """Model config; the defaults are GPT-2 124M. Raises UserError for invalid values."""
 
     block_size: int = 1024  # context length in tokens
     vocab_size: int = 50257  # vocabulary size
@@ -19,18 +19,18 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}: must be at least 1")
         for name in ("block_size", "vocab_size"):  # 0 in a run's settings: taken from seq_len and from the data
             if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+                raise UserError(f"{name} is {getattr(self, name)}: must not be negative")
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: all heads have the same "
-                            f"size; change one of the two")
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them (the "
+                            f"head size is n_embd / n_head)")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+            raise UserError(f"dropout is {self.dropout}: must be at least 0 and below 1")
 
 
-# The four sizes that OpenAI released (Radford et al. 2019, table 2): GPTConfig(**GPT2_CONFIGS["gpt2-medium"]).
+# The four released sizes (Radford et al. 2019, table 2): GPTConfig(**GPT2_CONFIGS["gpt2-medium"]).
 GPT2_CONFIGS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M

@@ -1,4 +1,4 @@
-"""Choose what a run computes on and in: device, autocast dtype, torch.compile."""
+"""Select the device, the autocast dtype and torch.compile."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float3
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" takes CUDA, else MPS, else the CPU. Raises UserError if it is missing."""
+    """Return the device `name`; "auto": CUDA, else MPS, else the CPU. Raises UserError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device_type for device_type, found in available.items() if found))
@@ -28,19 +28,19 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"unknown device {name!r}: expected auto, cuda, cuda:0, mps or cpu") from None
     if not available.get(device.type, False):
         found = ", ".join(device_type for device_type, found in available.items() if found)
-        raise UserError(f"device {name!r} is not available: PyTorch {torch.__version__} sees {found}; pass --device "
+        raise UserError(f"device {name!r} is not available (PyTorch {torch.__version__} found {found}): pass --device "
                         f"auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not available: this machine has {torch.cuda.device_count()} GPUs, counted "
-                        f"from cuda:0")
+        raise UserError(f"device {name!r} is not available: pass an index below {torch.cuda.device_count()}, the "
+                        f"number of GPUs")
     return device
 
 
 def select_precision(name: Precision, device: torch.device) -> Precision:
-    """Return "bf16", "fp16" or "float32"; "auto" takes what `device` computes natively.
+    """Return "bf16", "fp16" or "float32"; "auto" selects a 16-bit dtype if `device` supports one natively.
 
     That is bf16 on CUDA GPUs from Ampere on (compute capability 8.0) and on CPUs with AVX512-BF16 or AMX; fp16, which
-    needs a GradScaler, on older GPUs; float32 elsewhere: a CPU that only emulates bf16 is several times slower in it.
+    needs a GradScaler, on older GPUs; float32 elsewhere: on CPUs that only emulate it, bf16 is several times slower.
     """
     if name != "auto":
         return name
@@ -52,10 +52,10 @@ def select_precision(name: Precision, device: torch.device) -> Precision:
 
 
 def select_compile(setting: bool | str, device: torch.device) -> tuple[bool, str]:
-    """Return whether to use torch.compile, and why not if "auto" would have liked to.
+    """Return whether to use torch.compile and, if "auto" disables it only for lack of a compiler, the reason; else "".
 
     "auto" compiles on CUDA GPUs from Volta on (compute capability 7.0) if there is a compiler. On CPUs it gains little
-    and small models lose. Raises UserError if `setting` is true and there is no compiler.
+    and slows small models down. Raises UserError if `setting` is true and there is no compiler.
     """
     if setting is False or setting == "auto" and (
             device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0)):
@@ -67,7 +67,7 @@ def select_compile(setting: bool | str, device: torch.device) -> tuple[bool, str
 
 
 def missing_for_compile(device: torch.device) -> str:
-    """Return what torch.compile needs and this machine lacks, "" if nothing; slim containers have no compiler."""
+    """Return what this machine lacks for torch.compile, "" if nothing; slim containers have no compiler."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton"
     variable, names = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++", "clang++"])
@@ -80,26 +80,26 @@ def missing_for_compile(device: torch.device) -> str:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Return the name of the hardware: only equal hardware can be expected to agree in the last bit."""
+    """Return the GPU's name or the CPU's capability: results are bitwise equal only on equal hardware."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether `error` is a device's or the CPU allocator's way to say that memory is exhausted."""
+    """Return whether `error` is an out-of-memory error of a device or of the CPU allocator."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error) for text in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
 def tune_device(device: torch.device) -> None:
-    """Allow TF32 for what is left in float32 on CUDA; on a CPU make glibc keep the memory of freed tensors.
+    """Allow TF32 for float32 matmuls on CUDA; on a CPU, make glibc keep freed memory for reuse.
 
-    By default glibc returns large blocks to the system and the next step waits for fresh pages: without that, training
-    is 10 to 30% faster at 5% more memory. Other C libraries are left as they are.
+    By default glibc returns large blocks to the system, and every step waits for new pages. Keeping them makes training
+    10 to 30% faster and takes 5% more memory. Other C libraries are left alone.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
             libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block from the system by itself
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: never allocate with mmap
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap

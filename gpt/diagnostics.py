@@ -1,4 +1,4 @@
-"""Training diagnostics: what looks wrong in a run, why, and what to do about it."""
+"""Training diagnostics: detect common problems of a run and suggest a fix."""
 
 import math
 from statistics import fmean
@@ -7,14 +7,14 @@ LOOKBACK_STEPS = 50
 
 
 def diagnose(train: list[dict], val: list[dict], vocab_size: int, warmup_steps: int) -> dict[str, str]:
-    """Return the name and the message of each problem that a run's records show.
+    """Return the message of each problem in a run's records, by the problem's name.
 
-    train, val: records of each split in metrics.jsonl, in order. Reads only the newest, so it may be called every step.
+    train, val: the split's records in metrics.jsonl, in order. Reads only the newest: cheap enough for every step.
     """
     issues = {}
     mean = fmean(record["loss"] for record in train[-LOOKBACK_STEPS:]) if train else 0.0
     past_warmup = len(train) >= 2 * LOOKBACK_STEPS and train[-1]["step"] >= warmup_steps
-    if past_warmup and vocab_size >= 64 and mean > 0.95 * math.log(vocab_size):  # DNA, say, is near ln(4) by nature
+    if past_warmup and vocab_size >= 64 and mean > 0.95 * math.log(vocab_size):  # DNA, for one, stays near ln(4)
         issues["flat"] = (
             f"loss {mean:.2f} is still near ln({vocab_size}) = {math.log(vocab_size):.2f} (uniform predictions): raise "
             f"--max_lr; sanity check: --overfit_one_batch true with another --log_dir must reach loss 0")

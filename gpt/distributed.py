@@ -1,4 +1,4 @@
-"""What torchrun tells this process: rank, world size, device; and what ranks must agree on."""
+"""Ranks under torchrun: set-up, barriers, small collectives, and errors that name the rank that failed."""
 
 import contextlib
 import datetime
@@ -18,7 +18,7 @@ from gpt.errors import UserError
 
 @dataclass
 class Distributed:
-    """This process's place in the run. Without torchrun: rank 0 of 1."""
+    """Rank, world size and device of this process. Without torchrun: rank 0 of 1."""
 
     rank: int
     world_size: int
@@ -30,25 +30,25 @@ class Distributed:
 
     @property
     def is_master(self) -> bool:
-        """Whether this is the process that prints and writes files."""
+        """Whether this rank prints and writes files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every rank has come this far; after `rank_timeout` seconds rank 0 raises and names the others.
+        """Wait for all ranks. After `rank_timeout` seconds rank 0 raises an error that names the missing ranks.
 
-        Call it before a collective, in which a rank that hangs would make the others hang, too.
+        Call it before a collective, in which one hung rank would hang all others.
         """
         if self.world_size > 1:
             if os.getppid() != self.launcher:
-                raise UserError("torchrun has exited: the same command resumes from the last checkpoint")
+                raise UserError("torchrun has exited: rerun the same command to resume from the last checkpoint")
             torch.distributed.monitored_barrier(self.barrier_group, datetime.timedelta(seconds=self.rank_timeout),
                                                 wait_all_ranks=True)
 
     def gather(self, values: torch.Tensor) -> list[list[float]]:
-        """Return the `values` (n,) of every rank, world_size lists, on each of them. Waits for the device."""
+        """Return the `values` (n,) of all ranks as world_size lists, on every rank. Synchronizes with the device."""
         if self.world_size == 1:
             return [values.tolist()]
-        self.wait()  # before values.cpu(), which waits for the device and so for the other ranks
+        self.wait()  # before values.cpu(), which waits for the device and so for collectives with other ranks
         values = values.cpu()
         gathered = [torch.empty_like(values) for _ in range(self.world_size)]
         torch.distributed.all_gather(gathered, values, self.control_group)
@@ -63,14 +63,13 @@ class Distributed:
         return values[0]
 
     def assert_same(self, values: dict[str, Any], advice: str, group: str = "") -> None:
-        """Raise UserError, with the rank, the name and `advice`, unless all ranks of the same `group` have the same
-        `values`."""
+        """Raise UserError with rank, name and `advice` if two ranks of the same `group` have different `values`."""
         if self.world_size == 1:
             return
         gathered: list[Any] = [None] * self.world_size
         self.wait()
         torch.distributed.all_gather_object(gathered, (group, values), self.control_group)
-        first: dict[str, int] = {}  # rank that stands for its group
+        first: dict[str, int] = {}  # lowest rank of each group
         for rank, (rank_group, rank_values) in enumerate(gathered):
             other = first.setdefault(rank_group, rank)
             for name, value in rank_values.items():
@@ -83,7 +82,7 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
     """Select this rank's device and, under torchrun, initialize the process group: NCCL on CUDA, gloo on the CPU.
 
     device: see `gpt.device.select_device`. rank_timeout: seconds that ranks wait for one another. If several ranks
-    fail, the first raises its exception and the others exit silently. Raises UserError for a device that is missing.
+    fail, the first raises its exception and the others exit silently. Raises UserError if the device is not available.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -102,14 +101,15 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
     except torch.distributed.DistError as error:
         if store is None:
             raise UserError(f"rendezvous of {world_size} ranks at {os.environ.get('MASTER_ADDR')}:"
-                            f"{os.environ.get('MASTER_PORT')} failed ({str(error).splitlines()[0]})") from None
+                            f"{os.environ.get('MASTER_PORT')} failed ({str(error).splitlines()[0]}): check that rank 0 "
+                            f"runs there") from None
         missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
-        raise UserError(f"rank {', '.join(missing)} of {world_size} has not started within {rank_timeout:g} s "
-                        f"(--rank_timeout)") from None
+        raise UserError(f"rank {', '.join(missing)} of {world_size} did not start within {rank_timeout:g} s: check its "
+                        f"machine or raise --rank_timeout") from None
     is_cuda = rank_device.type == "cuda"
     dist = Distributed(rank, world_size, rank_device, rank_timeout, launcher)
     try:
-        # NCCL kills the process when a collective times out: by then rank 0 must have named the rank that hangs.
+        # NCCL kills the process when a collective times out: rank 0 must name the hung rank before that.
         torch.distributed.init_process_group(
             "nccl" if is_cuda else "gloo", store=store, rank=rank, world_size=world_size,
             timeout=datetime.timedelta(seconds=rank_timeout + (60 if is_cuda else 0)),
@@ -126,13 +126,13 @@ def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
 
 
 def select_rank_device(device: str, local_rank: int, world_size: int) -> torch.device:
-    """Return the device of one of several ranks on this machine. Raises UserError if there is none for it."""
+    """Return the device of a rank on this machine. Raises UserError if there is no GPU left or it cannot be shared."""
     selected = select_device(device)
     if device == "auto" and selected.type == "mps":
         return torch.device("cpu")
     if selected.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: "
+            raise UserError(f"local rank {local_rank} has no GPU (this machine has {torch.cuda.device_count()}): "
                             f"use --nproc_per_node={torch.cuda.device_count()}")
         selected = torch.device("cuda", local_rank)
         torch.cuda.set_device(selected)
@@ -142,7 +142,7 @@ def select_rank_device(device: str, local_rank: int, world_size: int) -> torch.d
 
 
 def first_failure(error: Exception, dist: Distributed, store: torch.distributed.Store) -> BaseException:
-    """Return what this rank raises for `error`: itself, or a UserError that names the ranks that do not answer.
+    """Return the exception to raise for `error`: itself, or a UserError that names the ranks that do not answer.
 
     If another rank failed first, return SystemExit, which prints nothing.
     """
@@ -156,18 +156,19 @@ def first_failure(error: Exception, dist: Distributed, store: torch.distributed.
     silent = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error)) or re.search(
         r"while waiting for send/recv from rank (0)", str(error))
     if dist.rank > 0:
-        time.sleep(0.5)  # an error of all ranks is for rank 0 to print
+        time.sleep(0.5)  # if all ranks fail, rank 0 reports it
     try:
         is_first = store.add("failures", 1) == 1
-    except torch.distributed.DistError:  # the store has gone with torchrun
+    except torch.distributed.DistError:  # torchrun has exited, and its store with it
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    time.sleep(1 if is_first else 2)  # without torchrun the store ends with rank 0; and the first one prints first
+    time.sleep(1 if is_first else 2)  # rank 0 may host the store; and the first error is printed before others exit
     if not is_first:
         return SystemExit(1)
     if silent:
-        return UserError(f"rank {silent[1].strip(', ')} of {dist.world_size} does not answer: it died, or hung for "
-                         f"{dist.rank_timeout:g} s (--rank_timeout); the same command resumes from the last checkpoint")
+        return UserError(f"rank {silent[1].strip(', ')} of {dist.world_size} does not answer (died, or hung for "
+                         f"{dist.rank_timeout:g} s, --rank_timeout): rerun the same command to resume from the last "
+                         f"checkpoint")
     if lost_contact:
-        return UserError(f"lost contact with another rank ({' '.join(str(error).split())[:200]}); the same command "
-                         f"resumes from the last checkpoint")
+        return UserError(f"lost contact with another rank ({' '.join(str(error).split())[:200]}): rerun the same "
+                         f"command to resume from the last checkpoint")
     return error

@@ -1,4 +1,4 @@
-"""Files that appear only when complete: atomic writes, JSON, verified .pt files; and the lock of a folder."""
+"""Atomic writes, JSON files, .pt files with verified checksums, and the lock of a folder."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     The bytes go to `.<name>.tmp` in the same folder, are synced to disk, and replace `path` in one step (`os.replace`):
     a crash leaves the old file or the new one. An exception in the block removes the temporary file; a killed process
-    leaves it for `run_lock` to remove. An OSError, such as that of a full disk, names `path`.
+    leaves it for `run_lock` to remove. An OSError, for example on a full disk, names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -37,7 +37,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
-    if os.name == "posix":  # the new name itself must survive a power cut; Windows cannot open a folder
+    if os.name == "posix":  # the rename must survive a power failure, too; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -46,9 +46,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path, description: str) -> dict:
-    """Return the JSON object in a file that should hold `description`.
+    """Return the JSON object in a file; `description` says what it is, for the error.
 
-    Raises UserError if it does not, and FileNotFoundError if there is no file.
+    Raises UserError if it is not a JSON object, FileNotFoundError if there is no file.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -62,7 +62,7 @@ def read_json(path: Path, description: str) -> dict:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Return the records of a metrics.jsonl, without lines that are broken (a killed run's last one)."""
+    """Return the records of a metrics.jsonl; skip broken lines, such as the last one of a killed run."""
     records = []
     lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
     for line in lines:
@@ -79,21 +79,21 @@ def read_metrics(path: str | Path) -> list[dict]:
 def save_pt(path: Path, content: dict) -> None:
     """Write a dictionary of tensors and plain values, atomically, with every tensor on the CPU.
 
-    Raises OSError if the file cannot be written, to a full disk for one.
+    Raises OSError if the file cannot be written, for example on a full disk.
     """
-    import torch  # takes a second, and prepare_shakespeare.py does without
+    import torch  # takes a second, and prepare_shakespeare.py does not need it
 
     try:
         with atomic_write(path) as file:
             torch.save(to_cpu(content), file)
-    except RuntimeError as error:  # torch.save hides the cause behind a complaint about positions in the file
+    except RuntimeError as error:  # torch.save hides an OSError behind an error about file positions
         if isinstance(error.__context__, OSError):
             raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
         raise
 
 
 def to_cpu(value: Any) -> Any:
-    """Return `value` with every tensor in its dictionaries and lists on the CPU, so that it loads on any machine."""
+    """Return `value` with every tensor in its dictionaries and lists on the CPU, so that any machine can load it."""
     if hasattr(value, "detach"):  # a tensor
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -115,16 +115,16 @@ def load_pt(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-            # A flipped bit can mark an entry as a folder: torch.load then takes whatever happens to be in memory.
+            # A flipped bit can mark an entry as a folder, for which torch.load returns uninitialized memory.
             # torch.save leaves these attributes 0.
             broken = broken or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
         if broken:
-            raise UserError(f"{path} is damaged (at {broken} in it)")
+            raise UserError(f"{path} is damaged (bad entry {broken})")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # what a hostile or truncated file raises cannot be foreseen
-        reason = re.split(r"\. |\n", str(error))[0][:120]  # PyTorch goes on with how to load it anyway
+    except Exception as error:  # a truncated or malicious file can raise anything
+        reason = re.split(r"\. |\n", str(error))[0][:120]  # without PyTorch's advice to load it unsafely
         raise UserError(f"{path} is damaged or not a .pt file ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
@@ -135,13 +135,13 @@ def load_pt(path: Path) -> dict:
 def run_lock(folder: str | Path, setting: str = "log_dir") -> Iterator[None]:
     """Hold the lock of `folder`, the value of `setting`, and delete temporary files of killed processes in it.
 
-    The system releases the lock when the process ends, in whatever way. Raises UserError that names the owner if
-    another process holds it.
+    The system releases the lock when the process ends, however it ends. Raises UserError that names the owner if
+    another process holds the lock.
     """
     path, owner_file = Path(folder) / ".lock", Path(folder) / ".lock_holder"
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=2)  # a process that is just being killed still has it
+        lock.acquire(timeout=2)  # a process that is being killed may still hold it
     except Timeout:
         owner = owner_file.read_text().strip() if owner_file.exists() else "another process"
         raise UserError(f"{setting} {str(folder)!r} is in use by {owner}: wait for that run, stop it, or pass another "

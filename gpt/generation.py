@@ -13,7 +13,7 @@ from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
-# Private ops, because the public torch.utils.mkldnn reads packed weights no faster than F.linear reads plain ones.
+# Private ops: with the public torch.utils.mkldnn, packed weights are no faster than plain ones in F.linear.
 CAN_PACK = (torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
@@ -40,7 +40,7 @@ def prepare_for_inference(model: GPT, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None,
                   out_dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """Return F.linear for inputs (..., in) with a packed copy of `weight` (out, in); its result is cast."""
+    """Return F.linear for inputs (..., in) with a packed copy of `weight` (out, in) and results in `out_dtype`."""
     packed, linear = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
     return lambda x: linear(x.to(packed.dtype), packed, bias, "none", [], "").to(out_dtype)
 
@@ -63,7 +63,8 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_to
     rows = [tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if max(row) >= model.config.vocab_size:
-            raise UserError(f"prompt {prompt!r} has token {max(row)}: the model knows {model.config.vocab_size} tokens")
+            raise UserError(f"prompt {prompt!r} has token id {max(row)}, but the model's vocabulary has "
+                            f"{model.config.vocab_size} tokens: pass another prompt")
     yield prompts
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
     for tokens in generate(model, rows, max_new_tokens, stop_token=tokenizer.end_of_text, **sampling):
@@ -92,12 +93,12 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            if max(map(len, rows)) > block_size:  # every token moves to another position: the cache is of no use
+            if max(map(len, rows)) > block_size:  # all positions shift, which invalidates the cache
                 rows, cache.lengths = [row[-block_size:] for row in rows], [0] * len(rows)
             tokens = sample(cache.next_token_logits(rows), temperature, top_k, top_p, generator)
             tokens = [stop_token if done else token for token, done in zip(tokens, finished, strict=True)]
             yield tokens
-            finished = [token == stop_token for token in tokens]  # a finished row repeats it, see above
+            finished = [token == stop_token for token in tokens]
             if all(finished):
                 return
             for row, token in zip(rows, tokens, strict=True):
@@ -107,7 +108,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
 
 
 class KVCache:
-    """Keys and values of B token sequences, up to `length` tokens each, so that the model reads every token once.
+    """Keys and values of B token sequences, up to `length` tokens each, so that the model runs on every token once.
 
     Shorter sequences are padded on the right, which causal attention never reads from earlier positions; the next
     token of a sequence overwrites its padding.
@@ -140,7 +141,7 @@ class KVCache:
         return self.model.lm_head(x).float().cpu()
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values (B, n_head, T, head size) to a layer's cache, return all of them so far."""
+        """Write keys and values (B, n_head, T, head size) to a layer's cache and return all so far."""
         if layer == len(self.kv):
             self.kv.append(k.new_zeros(self.kv_shape))
         for cache, new in zip(self.kv[layer], (k, v), strict=True):
@@ -160,7 +161,7 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
         return logits.argmax(dim=-1).tolist()
     vocab_size = logits.shape[-1]
     logits, token_ids = logits.topk(min(top_k or vocab_size, vocab_size))  # (B, k), most likely first
-    probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # at most 0: no temperature is too small
+    probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # logits <= 0: cannot overflow
     if top_p < 1:
         cumulative_before = probs.cumsum(dim=-1) - probs  # of all more likely tokens
         probs[cumulative_before >= top_p] = 0  # the first is 0: the most likely token stays

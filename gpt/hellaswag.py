@@ -5,9 +5,9 @@ smallest negative log-likelihood (NLL), summed over its tokens (`acc`) or averag
 of the validation split GPT-2 124M reaches acc 0.2859 and acc_norm 0.2955, GPT-2 XL 0.3842 and 0.4893; chance is 0.25.
 lm-evaluation-harness puts the topic before the context and averages over bytes, so its numbers differ.
 
-The baseline runs the model once per ending, with logits at every position. Here a row holds the context once and the
-four endings after it; each ending has the positions that it would have alone, and a mask lets it see the context and
-itself only. Rows of similar length share a batch, and only what predicts an ending's token goes through the LM head.
+The usual implementation runs the model once per ending, with logits at every position. Here one row packs the context
+and its four endings: each ending keeps the positions it would have alone, and a mask lets it attend only to the context
+and itself. Rows of similar length share a batch, and the LM head runs only on positions that predict ending tokens.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # positions per batch,
 
 @dataclass
 class Example:
-    """A context, its four endings, and the index of the right one."""
+    """A context, its four endings, and the index of the correct one."""
 
     context: str
     endings: list[str]
@@ -50,30 +50,30 @@ def load_examples(data: str | None = None, limit: int = 0) -> list[Example]:
     source, examples = data or "Rowan/hellaswag", []
     try:
         for record in itertools.islice(read_records(data), limit or None):
-            example = Example(record["ctx"], list(record["endings"]), int(record["label"]))  # the hub's labels are text
+            example = Example(record["ctx"], list(record["endings"]), int(record["label"]))  # labels on the hub are str
             texts = [example.context, *example.endings]
             if len(texts) != 5 or example.label not in range(4) or not all(isinstance(t, str) and t for t in texts):
                 raise ValueError(f"{len(example.endings)} endings, label {example.label}, or an empty text")
             examples.append(example)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"example {len(examples) + 1} of {source} is invalid ({error!r}): expected a context `ctx`, "
-                        f"four `endings` and the `label` of the right one, 0 to 3") from None
+                        f"four `endings` and a `label` from 0 to 3") from None
     if not examples:
         raise UserError(f"HellaSwag data {source} has no examples: expected one JSON object per line")
     return examples
 
 
 def read_records(data: str | None) -> Iterable[dict]:
-    """Return the records of a .jsonl file, or of the hub's split (None). Raises UserError if they cannot be read."""
+    """Return the records of a .jsonl file or, if None, of the hub's split. Raises UserError if they cannot be read."""
     try:
         if data is None:
             import datasets  # takes seconds
             return datasets.load_dataset("Rowan/hellaswag", split="validation")
         lines = Path(data).read_text("utf-8-sig").split("\n")
-    except Exception as error:  # of the disk, the network or the hub
+    except Exception as error:  # the disk, the network or the hub
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"HellaSwag data {data or 'Rowan/hellaswag'} cannot be read ({reason}): pass its file "
-                        f"hellaswag_val.jsonl with --data (in training --hellaswag_data)") from None
+        raise UserError(f"HellaSwag data {data or 'Rowan/hellaswag'} cannot be read ({reason}): pass the path of "
+                        f"hellaswag_val.jsonl as --data (in training: --hellaswag_data)") from None
     return (json.loads(line) for line in lines if line.strip())
 
 
@@ -81,14 +81,14 @@ def pack_example(index: int, example: Example, tokenizer: Tokenizer, config: GPT
     """Return the example's rows: one for all four endings or, if an ending does not fit into block_size, one for each.
 
     Each row is (T, 4) int64: input token, position, segment id, target token. The segment id is 0 in the context and
-    1 + 4 * index + i where ending i is predicted, from the context's last token on, which every ending repeats. Texts
-    that do not fit lose their beginning. Raises UserError for tokens outside the model's vocabulary.
+    1 + 4 * index + i where ending i is predicted, from the context's last token on, which is repeated for every ending.
+    Texts that do not fit are truncated on the left. Raises UserError for tokens outside the model's vocabulary.
     """
     context = tokenizer.encode(example.context)
     endings = [tokenizer.encode(" " + ending) for ending in example.endings]
     if (largest := max(map(max, [context, *endings]))) >= config.vocab_size:
-        raise UserError(f"HellaSwag's text has token id {largest}, but the model knows {config.vocab_size} tokens: use "
-                        f"a model with the whole vocabulary of its tokenizer")
+        raise UserError(f"HellaSwag has token id {largest}, but the model's vocabulary has {config.vocab_size} tokens: "
+                        f"use a model with the full vocabulary of its tokenizer")
     fits = len(context) + max(map(len, endings)) - 1 <= config.block_size
     rows: list[list[tuple]] = []
     for i, ending in enumerate(endings):
@@ -117,7 +117,7 @@ def score_endings(model: GPT, tokenizer: Tokenizer, examples: list[Example],
                   batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield after each batch the summed NLL of each ending's tokens, in nats, and their number; both (examples, 4).
 
-    Endings that are still to come have 0 tokens. batch_tokens: positions per batch, padding included.
+    Endings that are not scored yet have 0 tokens. batch_tokens: positions per batch, including padding.
     """
     rows = [row for i, example in enumerate(examples) for row in pack_example(i, example, tokenizer, model.config)]
     rows.sort(key=len, reverse=True)
@@ -143,7 +143,7 @@ def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example]
     local_examples = examples[dist.rank::dist.world_size]
     labels = torch.tensor([example.label for example in local_examples])
     correct = torch.zeros(2, dtype=torch.int64)
-    no_bar = None if show_bar and dist.is_master else True  # None: only if standard error is no terminal
+    no_bar = None if show_bar and dist.is_master else True  # None: off unless stderr is a terminal
     with autocast, tqdm(total=len(labels), unit="example", disable=no_bar, dynamic_ncols=True, leave=None) as bar:
         for sums, counts in score_endings(model, tokenizer, local_examples, batch_tokens):
             is_scored = (counts > 0).all(1)

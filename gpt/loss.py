@@ -1,4 +1,4 @@
-"""Cross-entropy through the LM head without ever holding all logits."""
+"""Chunked cross-entropy through the LM head, which never holds all logits at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Tokens whose logits are held at once: 1,024 x 50,257 logits in bfloat16 and in float32 take 0.3 GB. Smaller chunks are
-# slower, on a CPU too: their matmuls read the LM head more often.
+# Tokens per chunk: 1,024 x 50,257 logits in bfloat16 and in float32 take 0.3 GB. Smaller chunks are slower, on CPUs
+# too, because their matmuls read the LM head more often.
 TOKEN_CHUNK = 1024
 
 
@@ -26,13 +26,13 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 @torch.no_grad()
 def token_losses(x: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor],
                  targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of each token, (N,) float32, in nats; `lm_head` makes logits of hidden states (N, C)."""
+    """Return each token's cross-entropy in nats, (N,) float32; `lm_head` maps hidden states `x` (N, C) to logits."""
     return torch.cat([F.cross_entropy(lm_head(x_chunk).float(), target, reduction="none")
                       for x_chunk, target in zip(x.split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True)])
 
 
 class TokenChunkedCrossEntropy(torch.autograd.Function):
-    """Compute both gradients in the forward pass, chunk by chunk, so that no logits have to be kept or recomputed.
+    """Compute both gradients in the forward pass, chunk by chunk, so that logits are neither saved nor recomputed.
 
     The gradient of a token's loss with respect to its logits is softmax(logits) - onehot(target). Matmuls run in
     autocast's dtype, everything else in float32.
@@ -42,7 +42,7 @@ class TokenChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         device_type, V = x.device.type, len(weight)
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        # Rows of logits that begin at multiples of 128 bytes make faster matmuls, on tensor cores and on CPUs.
+        # Matmuls are faster, on tensor cores and on CPUs, if rows of logits are aligned to 128 bytes.
         padded = F.pad(weight.to(dtype), (0, 0, 0, -V % 64))
         loss, grad_x, grad_weight = x.new_zeros(()), [], torch.zeros_like(weight)
         for x_chunk, target in zip(x.to(dtype).split(TOKEN_CHUNK), targets[:, None].split(TOKEN_CHUNK), strict=True):
@@ -61,5 +61,5 @@ class TokenChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        grad_loss = grad_output / len(grad_x)  # only now: 1 / N times a probability is too small for fp16
+        grad_loss = grad_output / len(grad_x)  # divided here: probabilities / N underflow in fp16
         return grad_x * grad_loss, grad_weight * grad_loss, None

@@ -28,9 +28,9 @@ SAMPLE_HEADER = re.compile(r"^--- sample at step (\d+) ---$", re.MULTILINE)
 
 
 class RunLog:
-    """Logs a run, and is its memory of what has been evaluated: metrics.jsonl, read by rank 0 and told to all.
+    """Logs a run and keeps the records of its evaluations, which rank 0 reads from metrics.jsonl when a run resumes.
 
-    All ranks call every method and know the same evaluations; only rank 0 prints and writes. On a terminal a progress
+    All ranks call every method and hold the same evaluations; only rank 0 prints and writes. On a terminal, a progress
     bar replaces the step lines.
     """
 
@@ -38,7 +38,7 @@ class RunLog:
         self.config, self.folder, self.dist = config, Path(config.log_dir), dist
         self.path, self.samples_path = self.folder / "metrics.jsonl", self.folder / "samples.txt"
         self.bar: tqdm | None = None
-        self.size, self.pending_lines = 0, ""  # bytes in metrics.jsonl, and lines that a full disk has not taken
+        self.size, self.pending_lines = 0, ""  # bytes in metrics.jsonl, and lines not written yet
         self.train: list[dict] = []  # the newest records of the split
         self.evaluations: list[dict] = []  # all of val, hellaswag and samples
         self.warned: set[str] = set()
@@ -47,10 +47,10 @@ class RunLog:
         self.wandb: Any = None
 
     def start(self, step: int, config: Any, settings: dict, model: GPT, train_loader: DataLoaderLite) -> None:
-        """Open the log of a run at `step`, and forget what a killed run had logged after its last checkpoint.
+        """Open the log of a run at `step` and delete what a killed run logged after its last checkpoint.
 
         config: the resolved `scripts.train.TrainConfig`; settings: the same as plain values, for config.yaml. Raises
-        UserError if TensorBoard or Weights & Biases are asked for and cannot be used.
+        UserError if TensorBoard or Weights & Biases is requested but cannot be used.
         """
         dist = self.dist
         self.config, self.first_step, self.patience = config, step, config.patience
@@ -70,14 +70,14 @@ class RunLog:
                 with atomic_write(self.folder / "config.yaml") as file:
                     file.write(yaml.safe_dump(settings, sort_keys=False).encode())
                 self._start_trackers(step, settings)
-                if sys.stderr.isatty():  # where the bar is drawn; lines go to standard output
+                if sys.stderr.isatty():  # the bar goes to stderr, lines go to stdout
                     self.bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True)
         self.evaluations = dist.broadcast(self.evaluations)
         if config.compile and step < config.max_steps and not self.out_of_patience:
-            self.print("compiling the model in the first step, which takes a minute or more")
+            self.print("compiling the model in the first step (takes a minute or more)")
 
     def _read(self, step: int) -> None:
-        """Load the records of a run that resumes at `step`: updates before it, evaluations of its model and earlier."""
+        """Load the records of a run that resumes at `step` and delete later ones from metrics.jsonl and samples.txt."""
         records = read_metrics(self.path)
         kept = [r for r in records if r["step"] < step + (r["split"] != "train")]
         if kept != records or not self.path.exists() or not self.path.read_bytes().endswith(b"}\n"):
@@ -107,14 +107,14 @@ class RunLog:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the last `patience` validations brought no new best loss; never if `patience` is 0."""
+        """Whether the last `patience` validations had no new best loss; never if `patience` is 0."""
         losses = self.val_losses
         if not losses or not self.patience:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def has(self, split: str, step: int) -> bool:
-        """Return whether the model after `step` updates has been evaluated on "val", "hellaswag" or "samples"."""
+        """Return whether `split` ("val", "hellaswag" or "samples") has been evaluated after `step` steps."""
         return any(record["split"] == split and record["step"] == step for record in self.evaluations)
 
     def print(self, text: str) -> None:
@@ -127,13 +127,13 @@ class RunLog:
                 pass
 
     def progress_bar(self, eval_batches: list) -> Iterable:
-        """Return the batches of a validation, with a bar of their own below the run's."""
+        """Return the batches of a validation, with a separate bar below the run's if there is one."""
         if self.bar is None:
             return eval_batches
         return tqdm(eval_batches, desc="validation", leave=False, dynamic_ncols=True)
 
     def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
-        """Log the update with index `step`, which took `seconds`; the loss is the one before the update."""
+        """Log step number `step` (from 0), which took `seconds`; the loss is from before the update."""
         c = self.config
         tokens_per_s, mfu = c.total_batch_size / seconds, self.step_flops / seconds / self.peak_flops
         memory = {}
@@ -161,11 +161,11 @@ class RunLog:
                     self.print(f"warning: {message}")
         hours = seconds * (c.max_steps - step - 1) / 3600
         if step == self.first_step and self.dist.device.type == "cpu" and hours > 1:
-            self.print(f"at {seconds:.2g} s a step this run takes about {hours:.0f} hours on this CPU; a small model "
-                       f"learns in minutes with --config configs/laptop.yaml (and another --log_dir, or an empty one)")
+            self.print(f"at {seconds:.2g} s per step this run takes about {hours:.0f} hours on this CPU: for a small "
+                       f"model that trains in minutes, pass --config configs/laptop.yaml and a new --log_dir")
 
     def validation(self, *, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """Log the validation loss, in nats per token, of the model after `step` updates; bits per byte if known."""
+        """Log the validation loss after `step` steps, in nats per token and, if known, in bits per byte."""
         perplexity = math.exp(min(loss, 700))  # beyond that a float overflows
         bpb_field = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
         self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity, **bpb_field})
@@ -173,13 +173,13 @@ class RunLog:
                    + "".join(f" | bits per byte: {bits:.4f}" for bits in bpb_field.values()))
 
     def hellaswag(self, *, step: int, **result: float) -> None:
-        """Log the result of `gpt.hellaswag.evaluate_hellaswag` for the model after `step` updates."""
+        """Log the result of `gpt.hellaswag.evaluate_hellaswag` after `step` steps."""
         self._append({"step": step, "split": "hellaswag", **result})
         self.print(f"hellaswag acc {result['acc']:.4f} | step: {step} | acc_norm: {result['acc_norm']:.4f} | "
                    f"examples: {result['examples']}")
 
     def samples(self, *, step: int, texts: list[str]) -> None:
-        """Print texts that the model wrote after `step` updates, and append them to samples.txt."""
+        """Print the samples generated after `step` steps and append them to samples.txt."""
         self.evaluations.append({"split": "samples", "step": step})
         if not self.dist.is_master:
             return
@@ -193,16 +193,16 @@ class RunLog:
         self._track(lambda writer: writer.add_text("samples", f"```\n{formatted}\n```", step))
 
     def print_end(self, step: int) -> None:
-        """Print why a run is finished before its last step, or has nothing left to do."""
+        """Print why a run stopped early, or that it was finished already."""
         if step < self.config.max_steps:
             self.print(f"finished at step {step} of {self.config.max_steps}: no better loss than {self.best_loss:.4f} "
-                       f"in {self.patience} validations; raise --patience, or pass 0, to continue")
+                       f"in {self.patience} validations; raise --patience, or pass --patience 0, to continue")
         elif step == self.first_step:
             self.print(f"the run is finished, step {step} of {self.config.max_steps}; raise --max_steps (or "
                        f"--max_tokens, --max_epochs) to continue, or pass another --log_dir")
 
     def sync(self) -> None:
-        """Force metrics.jsonl to disk: a checkpoint must not outlive the lines before it. Raises OSError."""
+        """Sync metrics.jsonl to disk, so that no checkpoint is newer than its lines. Raises OSError on failure."""
         if self.dist.is_master:
             self._write(sync=True)
 
@@ -216,13 +216,13 @@ class RunLog:
             self.wandb.finish()
 
     def _start_trackers(self, step: int, settings: dict) -> None:
-        """Open TensorBoard's writer, and Weights & Biases, which copies whatever goes to it."""
+        """Open TensorBoard's writer and, if set, a Weights & Biases run that copies everything from it."""
         if not (self.config.tensorboard or self.config.wandb_project):
             return
         tensorboard = import_or_error("torch.utils.tensorboard", "tensorboard")
         if self.config.wandb_project:
             wandb = import_or_error("wandb", "wandb")
-            id_file = self.folder / "wandb_run.txt"  # a run that resumes is the same run there
+            id_file = self.folder / "wandb_run.txt"  # a resumed run keeps its W&B run
             if step == 0 or not id_file.exists():
                 with atomic_write(id_file) as file:
                     file.write(uuid.uuid4().hex.encode())
@@ -231,18 +231,18 @@ class RunLog:
                                         id=id_file.read_text(), resume="allow", config=settings, sync_tensorboard=True)
             except wandb.Error as error:
                 raise UserError(f"wandb_project {self.config.wandb_project!r}: {error}") from None
-        self.writer = tensorboard.SummaryWriter(self.folder, purge_step=step + 1)  # what the run logs again is the same
+        self.writer = tensorboard.SummaryWriter(self.folder, purge_step=step + 1)  # drops later events
         text = f"```\n{yaml.safe_dump(settings, sort_keys=False)}```"
         self._track(lambda writer: writer.add_text("settings", text, step))
 
     def _track(self, send: Callable[[Any], Any]) -> None:
-        """Send something to the trackers; if they fail, on a full disk say, the run goes on without them."""
+        """Call `send` with the trackers' writer; if that fails, for example on a full disk, stop tracking."""
         if self.writer:
             try:
                 send(self.writer)
-            except Exception as error:  # whatever goes wrong in there
+            except Exception as error:  # no failure of a tracker may end the run
                 self.writer = None
-                self.print(f"warning: TensorBoard or Weights & Biases failed and gets no more of this run ({error})")
+                self.print(f"warning: TensorBoard or Weights & Biases failed ({error}): the run continues without them")
 
     def _append(self, record: dict) -> None:
         (self.train if record["split"] == "train" else self.evaluations).append(record)
@@ -254,14 +254,14 @@ class RunLog:
             self._write()
         except OSError as error:
             if not already_pending:
-                self.print(f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept for later")
+                self.print(f"warning: {self.path} cannot be written ({error.strerror}): lines are kept and retried")
         scalars = {f"{record['split']}/{name}": value for name, value in record.items()
                    if name not in ("step", "split") and value is not None}
         self._track(lambda writer: [writer.add_scalar(name, value, record["step"]) for name, value in scalars.items()])
 
     def _write(self, sync: bool = False) -> None:
         with open(self.path, "ab") as file:  # opened each time: a killed process loses no line
-            file.truncate(min(self.size, file.tell()))  # without half a line that a full disk took
+            file.truncate(min(self.size, file.tell()))  # drops a partial line left by a full disk
             file.write(self.pending_lines.encode())
             file.flush()
             if sync:

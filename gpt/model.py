@@ -2,7 +2,7 @@
 
 State-dict names are GPT-2's own (wte, wpe, h.N.ln_1, h.N.attn.c_attn, …, ln_f) and every weight is stored as
 `nn.Linear` has it, (out, in), as in nanoGPT; Hugging Face's files hold the four matrices of a block transposed.
-The LM head is the token embedding itself, so it has no entry of its own.
+The LM head is tied to the token embedding, so it has no entry of its own.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from gpt.config import GPTConfig
 from gpt.loss import linear_cross_entropy
 
-# Takes the keys and values (B, n_head, T, D) of new tokens, stores them, returns those of all tokens so far.
+# Stores the keys and values (B, n_head, T, D) of new tokens and returns the keys and values of all tokens so far.
 UpdateKV = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -26,15 +26,15 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
               dropout_p: float = 0.0) -> torch.Tensor:
     """Return the attention of queries `q` (B, n_head, T, D) to keys and values (B, n_head, T_k, D); shaped as `q`.
 
-    mask: true where a query sees a key. Without one attention is causal, and a single query sees all keys.
+    mask: true where a query sees a key. Without a mask, attention is causal, and a single query sees all keys.
 
-    Fused, except under autocast on a CPU, where PyTorch's fused kernel is slow in bfloat16. Short sequences go through
-    the plain formula there, as long as the (T, T) scores take no more memory than float32 copies of q, k, v and the
-    result would; longer ones go through the fused kernel in float32.
+    Fused, except under autocast on a CPU, where PyTorch's fused kernel is slow in bfloat16. There, short sequences use
+    unfused attention as long as the (T, T) scores take no more memory than float32 copies of q, k, v and the result
+    would; longer ones use the fused kernel in float32.
     """
     B, n_head, T, D = q.shape
     is_causal = mask is None
-    if T == 1:  # not `mask is None and T > 1`: under torch.compile that can be symbolic, and no bool
+    if T == 1:  # not `mask is None and T > 1`: under torch.compile that can be a SymBool, not a bool
         is_causal = False
     if not (q.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
@@ -48,12 +48,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before it."""
+    """Multi-head self-attention in which each position sees itself and earlier positions."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -63,14 +63,14 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
         if update_kv is not None:
-            k, v = update_kv(k, v)  # those of earlier tokens too
+            k, v = update_kv(k, v)  # now with earlier tokens
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two layers, four times the width between them, with GPT-2's tanh form of GELU."""
+    """Two linear layers with a hidden size of 4 * n_embd and GPT-2's tanh approximation of GELU."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -83,7 +83,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
+    """Transformer block with pre-norm: attention and MLP each read a normalized copy of the residual stream."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -99,8 +99,8 @@ class Block(nn.Module):
 
 
 class SkipInit(TorchFunctionMode):
-    """Inside, `torch.nn.init` does nothing. On meta tensors its normal_ would load 900 modules of PyTorch's compiler
-    first: 1.5 s and 150 MB."""
+    """Disable `torch.nn.init`: on meta tensors, its normal_ would first import 900 modules of PyTorch's compiler, which
+    takes 1.5 s and 150 MB."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
@@ -109,8 +109,8 @@ class SkipInit(TorchFunctionMode):
 class GPT(nn.Module):
     """The language model.
 
-    `model(idx)` gives logits (B, T, vocab_size). `model(idx, targets)` gives the mean cross-entropy alone, in nats
-    per token: at 50,257 tokens the logits would be the largest tensor by far, and gpt/loss.py need not keep them.
+    `model(idx)` returns logits (B, T, vocab_size). `model(idx, targets)` returns only the mean cross-entropy, in nats
+    per token: with 50,257 tokens, logits would be the largest tensor by far, and gpt/loss.py does not keep them.
     """
 
     def __init__(self, config: GPTConfig):
@@ -122,8 +122,8 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.apply(self._init_weights)
-        # The residual stream adds up 2 * n_layer projections: scale them so that its variance does not grow with
-        # depth (Radford et al. 2019, section 2.3).
+        # The residual stream sums 2 * n_layer projections: scale them so that its variance does not grow with depth
+        # (Radford et al. 2019, section 2.3).
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -145,17 +145,17 @@ class GPT(nn.Module):
         try:
             config, weights = replace(GPTConfig(**checkpoint["config"]), **overrides), dict(checkpoint["model"])
             layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
-            if len(layers) != config.n_layer:  # before so many are made
-                raise ValueError(f"the configuration has {config.n_layer} layers, the weights have {len(layers)}")
+            if len(layers) != config.n_layer:  # checked first: a wrong n_layer can be huge
+                raise ValueError(f"the config has {config.n_layer} layers, the weights have {len(layers)}")
             if "block_size" in overrides:
                 weights["wpe.weight"] = weights["wpe.weight"][:config.block_size].clone()
-            with torch.device("meta"), SkipInit():  # no memory and no time for weights that are replaced at once
+            with torch.device("meta"), SkipInit():  # allocates nothing: the weights are replaced below
                 model = cls(config)
             model.load_state_dict(weights, assign=True)
             if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
                 raise ValueError("the weights are not float32")
-        except Exception as error:  # a configuration of anything, weights of any shape
-            raise ValueError(f"does not make a model ({' '.join(str(error).split())[:200]})") from None
+        except Exception as error:  # arbitrary values and shapes can raise anything
+            raise ValueError(f"invalid config or weights ({' '.join(str(error).split())[:200]})") from None
         return model
 
     @classmethod
@@ -164,14 +164,14 @@ class GPT(nn.Module):
 
         name_or_path: "gpt2", "gpt2-xl", another name on the hub, or a local folder. In evaluation mode, without
         dropout; `overrides`: see `from_checkpoint`. Raises `gpt.errors.UserError` if the weights cannot be downloaded,
-        are damaged, or belong to a model that computes something else.
+        are damaged, or belong to an unsupported model.
         """
-        from gpt import pretrained  # a file format builds on the model, not the other way round
+        from gpt import pretrained  # imported here: nothing else in this module needs file formats
 
         return cls.from_checkpoint(pretrained.load_pretrained(name_or_path), **overrides).eval()
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, T, vocab_size) for token ids `idx` (B, T), or with `targets` (B, T) the loss, a scalar."""
+        """Return logits (B, T, vocab_size) for token ids `idx` (B, T) or, with `targets` (B, T), the loss, a scalar."""
         x = self.hidden_states(idx)
         if targets is None:
             return self.lm_head(x)
@@ -181,23 +181,23 @@ class GPT(nn.Module):
                       mask: torch.Tensor | None = None, update_kv: list[UpdateKV] | None = None) -> torch.Tensor:
         """Return the final hidden states (B, T, n_embd) for token ids `idx` (B, T).
 
-        positions (B, T): where each token stands, below block_size; 0 to T - 1 unless given. mask (B, 1, T, T): true
-        where a query (third dimension) sees a key; causal unless given. update_kv: per layer, the callback that stores
-        keys and values and returns all so far, see `gpt.generation.KVCache`.
+        positions (B, T): position of each token, below block_size; default: 0 to T - 1. mask (B, 1, T, T): true where
+        a query (third dimension) sees a key; default: causal. update_kv: one callback per layer that stores keys and
+        values and returns all so far, see `gpt.generation.KVCache`.
         Raises ValueError for more positions than block_size.
         """
         T = idx.shape[1]
         if positions is None and self.config.block_size < T:
-            raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}: crop the context")
+            raise ValueError(f"{T} tokens exceed block_size {self.config.block_size}: truncate the input")
         x = self.drop(self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions)))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, mask, update_kv and update_kv[i])
         return self.ln_f(x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocab_size) for hidden states `x` (…, n_embd), through the tied token embedding."""
+        """Return logits (…, vocab_size) for hidden states `x` (…, n_embd), using the tied token embedding."""
         return F.linear(x, self.wte.weight)
 
     def num_parameters(self) -> int:
-        """Number of parameters, the tied token embedding counted once: 124,439,808 for GPT-2 124M."""
+        """Return the number of parameters, with the tied token embedding counted once: 124,439,808 for GPT-2 124M."""
         return sum(parameter.numel() for parameter in self.parameters())

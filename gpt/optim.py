@@ -11,9 +11,9 @@ from gpt.device import select_precision
 from gpt.errors import UserError
 
 # Coefficients (a, b, c) of three Newton-Schulz iterations X <- aX + b(XXᵀ)X + c(XXᵀ)²X. Each is the minimax polynomial
-# for the singular values that the one before leaves (Amsel et al. 2025, "The Polar Express"): those from 0.01 to 1 end
-# between 0.71 and 1.28. The first two expect values 1.01 times as large, because bfloat16 rounds up, too, and just
-# beyond its interval each polynomial grows fast.
+# for the range of singular values left by the previous one (Amsel et al. 2025, "The Polar Express"): values from 0.01
+# to 1 end between 0.71 and 1.28. The first two allow for values 1.01 times as large: bfloat16 can round up, and beyond
+# its range each polynomial grows fast.
 NEWTON_SCHULZ = ((7.9401, -22.3223, 16.0788), (3.6053, -2.6452, 0.5108), (2.6684, -1.9829, 0.4533))
 
 
@@ -66,9 +66,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def split_matrix(matrix: torch.Tensor) -> list[torch.Tensor]:
-    """Return views of the parts that Muon orthogonalizes on their own, none higher than wide.
+    """Return views of the parts that Muon orthogonalizes separately, transposed if taller than wide.
 
-    Those are queries, keys and values of a `c_attn.weight` (3C, C); any other matrix is one.
+    The query, key and value parts of a `c_attn.weight` (3C, C) are separate; any other matrix is one part.
     """
     rows, columns = matrix.shape
     return [part if len(part) <= columns else part.T
@@ -77,11 +77,11 @@ def split_matrix(matrix: torch.Tensor) -> list[torch.Tensor]:
 
 def configure_optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float,
                         betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """Return the optimizer called `name`: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest.
+    """Return the optimizer `name`: "adamw", or "muon" (Muon for the matrices of the blocks, AdamW for the rest).
 
     AdamW (Loshchilov and Hutter 2019) decays tensors of two or more dimensions only, not biases and layer norms.
 
-    Raises UserError for another name.
+    Raises UserError if `name` is unknown.
     """
     if name not in ("adamw", "muon"):
         raise UserError(f"unknown optimizer {name!r}: expected adamw or muon")
@@ -96,7 +96,7 @@ def configure_optimizer(model: nn.Module, name: str, *, lr: float, weight_decay:
 
 
 def merge_state_dicts(state_dicts: list[dict]) -> dict[str, Any]:
-    """Return one state_dict for those of several optimizers, as checkpoints before `MuonWithAdamW` hold them."""
+    """Merge the state_dicts of several optimizers, as old checkpoints store them, into one for `MuonWithAdamW`."""
     merged: dict[str, Any] = {"state": {}, "param_groups": []}
     for state_dict in state_dicts:
         offset = sum(len(group["params"]) for group in merged["param_groups"])  # parameters are counted over all groups
@@ -107,9 +107,9 @@ def merge_state_dicts(state_dicts: list[dict]) -> dict[str, Any]:
 
 
 def get_lr(step: int, *, max_lr: float, min_lr_ratio: float, warmup_steps: int, max_steps: int) -> float:
-    """Return the learning rate of the update with index `step`.
+    """Return the learning rate of step number `step` (from 0).
 
-    It rises linearly to `max_lr` over `warmup_steps` updates, then falls along half a cosine to
+    It rises linearly to `max_lr` over `warmup_steps` steps, then falls along half a cosine to
     `max_lr * min_lr_ratio` at `max_steps` (Loshchilov and Hutter 2017, equation 5, without restarts).
     """
     if step < warmup_steps:

@@ -19,7 +19,7 @@ from gpt.tokenizer import Tokenizer
 # Settings that change what a model computes, with the values gpt/model.py supports; the first one is the default.
 SUPPORTED_VALUES = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # three names of GELU's tanh form
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # all are GELU's tanh approximation
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -27,11 +27,11 @@ SUPPORTED_VALUES = {
 }
 # Stored as (in, out), since transformers' GPT-2 has Conv1D layers: transposed here and nowhere else.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-SOURCE_HINT = "pass a hub name such as gpt2, a folder that transformers or scripts.export wrote, or a model_<step>.pt"
+SOURCE_HINT = "pass a hub name such as gpt2, a folder in Hugging Face's format, or a model_<step>.pt"
 
 
 def load_pretrained(name_or_path: str | Path) -> dict:
-    """Return a model as a checkpoint of step 0, float32 on the CPU. Raises UserError if damaged or unsupported."""
+    """Return a model as a step-0 checkpoint, float32 on the CPU. Raises UserError if it is damaged or unsupported."""
     folder = resolve_model_dir(name_or_path)
     config = read_config(folder / "config.json")
     weights: dict[str, torch.Tensor] = {}
@@ -45,7 +45,7 @@ def load_pretrained(name_or_path: str | Path) -> dict:
                     raise ValueError(f"{name} has infinite or NaN values")
                 weights[name.removeprefix("transformer.")] = tensor
         except Exception as error:  # a damaged file can raise anything
-            reason = str(error).split("\n")[0].split(". ")[0][:150]  # torch.load goes on with unsafe advice
+            reason = str(error).split("\n")[0].split(". ")[0][:150]  # cuts torch.load's unsafe advice
             raise UserError(f"{path} is damaged or not a weight file ({reason}): download or export it again") from None
     lm_head = weights.pop("lm_head.weight", None)
     if lm_head is not None and not torch.equal(lm_head, weights.setdefault("wte.weight", lm_head)):
@@ -54,7 +54,7 @@ def load_pretrained(name_or_path: str | Path) -> dict:
 
 
 def resolve_model_dir(name_or_path: str | Path) -> Path:
-    """Return the folder of a model, downloaded if it is a name on the hub. Raises UserError if it holds no model."""
+    """Return the folder of a model; download it if it is a hub name. Raises UserError if it holds no model."""
     folder = Path(name_or_path) if Path(name_or_path).is_dir() else download_snapshot(str(name_or_path))
     if not (folder / "config.json").is_file() or not find_weight_files(folder):
         raise UserError(f"{str(name_or_path)!r} has no config.json or no weight files: {SOURCE_HINT}")
@@ -62,8 +62,8 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
 
 
 def download_snapshot(name: str) -> Path:
-    """Download a model from the hub, unless it is in the cache, and return its folder. Raises UserError on failure."""
-    from huggingface_hub import errors, snapshot_download  # 0.3 s, and most runs need no hub
+    """Download a model from the hub, unless it is cached, and return its folder. Raises UserError on failure."""
+    from huggingface_hub import errors, snapshot_download  # takes 0.3 s, and most runs do not need the hub
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.tiktoken", "model*.safetensors"]))
@@ -71,10 +71,10 @@ def download_snapshot(name: str) -> Path:
             snapshot_download(name, allow_patterns="pytorch_model*.bin")
         return folder
     except errors.RepositoryNotFoundError:
-        reason = "not found, private or gated: check the name, accept the model's terms there, run `hf auth login`"
+        reason = "not found, private or gated: check the name, run `hf auth login`, accept the model's terms there"
     except errors.LocalEntryNotFoundError:
         reason = "no network, and no copy from an earlier download"
-    except Exception as error:  # of the server, the disk, or a name with invalid characters
+    except Exception as error:  # a server or disk error, or a name with invalid characters
         reason = str(error).strip().split("\n")[0][:150]
     raise UserError(f"cannot load {name!r}: no such folder, and the hub download failed ({reason}): {SOURCE_HINT}")
 
@@ -92,7 +92,7 @@ def read_config(path: Path) -> GPTConfig:
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """Return the files with a model's weights, one or, with an index, several; [] if there are none."""
+    """Return a model's weight files: one or, if there is an index, several; [] if there are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -105,20 +105,20 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor of a weight file with its name, and keep no reference to it: the caller may free it."""
+    """Yield the name and tensor of each entry of a weight file, without keeping a reference: the caller can free it."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt", backend="pread") as file:  # pages of a mapped file would count as used memory
-            for name in file.keys():  # noqa: SIM118, it is no dictionary
+            for name in file.keys():  # noqa: SIM118, not a dict
                 yield name, file.get_tensor(name)
     else:
-        # load_pt verifies checksums, which files from before PyTorch 1.6 (no zip archives) do not have.
+        # load_pt verifies checksums; files from before PyTorch 1.6 are not zip archives and have none.
         tensors = load_pt(path) if zipfile.is_zipfile(path) else torch.load(path, "cpu", weights_only=True)
         while tensors:
             yield tensors.popitem()
 
 
 def find_tokenizer(folder: Path, config: GPTConfig) -> str | None:
-    """Return the merge table of the folder's tokenizer, None if unknown; without one, "gpt2" if vocab_size fits."""
+    """Return the merge table of the folder's tokenizer; without one, "gpt2" if vocab_size matches; None if unknown."""
     if (folder / "tokenizer.tiktoken").is_file():
         return Tokenizer.load(folder).merge_table
     gpt2 = Tokenizer()
@@ -151,12 +151,12 @@ def save_pretrained(checkpoint: dict, folder: Path) -> None:
         f"transformer.{name}": tensor.t() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in checkpoint["model"].items()})
     if tokenizer:
-        from transformers import GPT2Tokenizer  # seconds
+        from transformers import GPT2Tokenizer  # takes seconds
 
         try:
-            GPT2Tokenizer(tokenizer.vocab(), tokenizer.merges(),  # type: ignore[arg-type]  # its hints lag
+            GPT2Tokenizer(tokenizer.vocab(), tokenizer.merges(),  # type: ignore[arg-type]  # outdated hints
                           model_max_length=config["block_size"]).save_pretrained(folder)
-        except Exception as error:  # a Rust library, which puts an OSError into words
+        except Exception as error:  # a Rust library, which reports an OSError as text
             if not (number := re.search(r"os error (\d+)", str(error))):
                 raise
             raise OSError(int(number[1]), str(error), str(folder)) from None

@@ -15,7 +15,7 @@ from gpt.errors import UserError
 from gpt.files import atomic_write, read_json, run_lock
 from gpt.tokenizer import Tokenizer
 
-COUNT_SIZE = 2**20  # tokens counted per pass, few enough for the CPU's cache
+COUNT_SIZE = 2**20  # tokens counted per pass; fits the CPU's cache
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -29,7 +29,7 @@ def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarra
     Raises OSError, for example if the disk is full.
     """
     path = Path(data_root) / f"{split}_{index:05d}.npy"
-    with atomic_write(path) as file:  # not np.save: on a full disk it loses the reason
+    with atomic_write(path) as file:  # not np.save: its error does not say that the disk is full
         np.lib.format.write_array_header_1_0(file, {
             "descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False,
             "shape": (sum(map(len, parts)),)})
@@ -40,14 +40,14 @@ def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarra
 class ShardWriter:
     """Collect the tokens of a split and save them as shards of at most `shard_size` tokens.
 
-    A shard ends where a document ends, unless that document is longer than a shard. The shards are the only record: if
-    the folder has some, continue with the split's document number `n_documents` (counted from 1), the last one that was
-    begun; those of its tokens that are saved already are dropped.
+    A shard ends where a document ends, unless that document is longer than a shard. The shards are the only state. To
+    resume, write from the split's document number `n_documents` (counted from 1), the last one begun: its tokens that
+    are already in shards are skipped.
     """
 
     def __init__(self, data_root: str | Path, split: str, tokenizer: Tokenizer, shard_size: int):
         self.data_root, self.split, self.tokenizer, self.shard_size = data_root, split, tokenizer, shard_size
-        self.parts: list[np.ndarray] = []  # tokens that are in no shard yet
+        self.parts: list[np.ndarray] = []  # tokens not saved yet
         self.n_pending = self.n_shards = self.skip = 0  # skip: tokens of the last document that are in shards
         self.counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # how often each token occurs
         for path in list_shards(data_root, split):
@@ -75,7 +75,7 @@ class ShardWriter:
             self.save()
 
     def save(self) -> None:
-        """Save a shard of what is pending."""
+        """Save one shard of pending tokens."""
         parts, rest = self.parts, []
         if self.n_pending > self.shard_size:
             tokens = np.concatenate(parts)
@@ -87,7 +87,7 @@ class ShardWriter:
         self.parts, self.n_pending = rest, sum(map(len, rest))
 
     def close(self) -> dict[str, Any]:
-        """Save what is left as the last shard; return the split's entry in meta.json."""
+        """Save the remaining tokens as the last shard and return the split's entry for meta.json."""
         if self.n_pending:
             self.save()
         return {"shards": self.n_shards} | split_stats(self.counts, self.tokenizer)
@@ -98,8 +98,8 @@ def dataset_folder(data_root: str | Path, tokenizer: Tokenizer, settings: dict[s
                    ) -> Iterator[dict[str, Any]]:
     """Lock the folder of a dataset and yield its meta.json, which the block completes by adding "splits".
 
-    Until then it says `"complete": false`, and which command finishes the dataset. If the dataset was completed with
-    the same `settings` before, "splits" is there. A block that raises before the first shard leaves nothing behind.
+    Until then the file has `"complete": false` and the command that finishes the dataset. If the dataset is already
+    complete, with the same `settings`, "splits" exists. A block that raises before the first shard leaves no files.
     Raises UserError if the folder holds other data or another process is writing to it.
     """
     root, began = Path(data_root), False
@@ -138,7 +138,7 @@ def dataset_folder(data_root: str | Path, tokenizer: Tokenizer, settings: dict[s
 
 
 def split_stats(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the tokens, documents and bytes of text of a split in which each token occurs `counts` times."""
+    """Return the numbers of tokens, documents and text bytes of a split in which each token occurs `counts` times."""
     n_tokens, n_bytes = int(counts.sum()), int(counts @ tokenizer.token_lengths())
     return {"tokens": n_tokens, "documents": int(counts[tokenizer.end_of_text]) or 1, "bytes": n_bytes,
             "bytes_per_token": round(n_bytes / max(n_tokens, 1), 4)}
@@ -150,8 +150,8 @@ def count_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
     for i in range(0, len(tokens), COUNT_SIZE):
         ids = tokens[i:i + COUNT_SIZE]
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise UserError(f"shard {path} has token ids from {ids.min()} to {ids.max()}: the vocabulary ends at "
-                            f"{vocab_size - 1}")
+            raise UserError(f"shard {path} has token ids from {ids.min()} to {ids.max()}, expected 0 to "
+                            f"{vocab_size - 1}: prepare the data again")
         counts += np.bincount(ids, minlength=vocab_size)
     return counts
 
@@ -162,16 +162,16 @@ def write_meta(data_root: str | Path, meta: dict) -> None:
 
 
 def read_meta(data_root: str | Path, allow_incomplete: bool = False) -> dict:
-    """Return the content of meta.json, {} if there is none (people make their own shards with `np.save`).
+    """Return the content of meta.json, {} if there is none (shards can be written with plain `np.save`).
 
-    Raises UserError if it is damaged or, unless `allow_incomplete`, if the dataset is unfinished.
+    Raises UserError if it is damaged or, unless `allow_incomplete`, if the dataset is incomplete.
     """
     path = Path(data_root) / "meta.json"
     try:
         meta = read_json(path, "a JSON object: prepare the data again, or delete this file")
     except FileNotFoundError:
         if (path.parent / "tokenizer.tiktoken").exists() and not allow_incomplete:
-            raise UserError(f"{path} is missing, which names the tokenizer: prepare the data again") from None
+            raise UserError(f"{path} is missing (it names the tokenizer): prepare the data again") from None
         return {}
     if not allow_incomplete and not meta.get("complete", True):
         raise UserError(f"data in {str(data_root)!r} is incomplete: run `{meta.get('command')}` to finish it")
@@ -183,7 +183,7 @@ def read_meta(data_root: str | Path, allow_incomplete: bool = False) -> dict:
 
 
 def read_tokenizer(data_root: str | Path, meta: dict) -> Tokenizer | None:
-    """Return the tokenizer of a dataset: its own beside the shards, or GPT-2's; None if `meta` names none.
+    """Return the tokenizer of a dataset: the one saved with the shards, else GPT-2's; None if `meta` names none.
 
     Raises UserError if it is missing, damaged, or not the one that `meta` names.
     """
@@ -210,16 +210,16 @@ def format_token_counts(meta: dict) -> str:
 
 
 def list_shards(data_root: str | Path, split: str) -> list[Path]:
-    """Return the shards of a split in order of their numbers, which have five digits or more."""
+    """Return the shards of a split, ordered by their numbers of five digits or more."""
     return sorted(Path(data_root).glob(f"{split}_*.npy"), key=lambda path: (len(path.name), path.name))
 
 
 def find_shards(data_root: str | Path, split: str) -> list[Path]:
-    """The shards of a split in order of their numbers. Raises UserError where there are none."""
+    """Return the shards of a split, ordered by number. Raises UserError if there are none."""
     root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"data_root {str(root)!r} is not a folder: run `python prepare_shakespeare.py` first, "
-                        f"or pass --data_root with the folder that holds your shards")
+                        f"or pass the folder of your shards as --data_root")
     paths = list_shards(root, split)
     if not paths:
         raise UserError(f"no shards for split {split} in {str(root)!r}: expected files like {split}_00000.npy; "
@@ -228,23 +228,23 @@ def find_shards(data_root: str | Path, split: str) -> list[Path]:
 
 
 def longest_seq_len(tokens: int) -> int:
-    """The longest power of two from 32 to 256 of which a sequence fits into `tokens` tokens; 0 where none does."""
+    """Return the longest seq_len of 32, 64, 128 or 256 of which one sequence fits into `tokens` tokens; 0 if none."""
     return next((seq_len for seq_len in (256, 128, 64, 32) if tokens > seq_len), 0)
 
 
 def auto_seq_len(data_root: str | Path, splits: Iterable[str]) -> int:
-    """The longest seq_len up to 256 of which each split has a sequence. Raises UserError where not even 32 fits."""
+    """Return the longest seq_len of 32, 64, 128 or 256 that fits every split. Raises UserError if not even 32 fits."""
     lengths = {path: len(open_shard(path)) for split in splits
                for path in [max(find_shards(data_root, split), key=lambda path: len(open_shard(path)))]}
     shortest = min(lengths, key=lambda path: lengths[path])
     if not (fits := longest_seq_len(lengths[shortest])):
-        raise UserError(f"shard {shortest} has {lengths[shortest]} tokens: a sequence of 32, the shortest that "
-                        f"--seq_len auto takes, needs 33; prepare more text")
+        raise UserError(f"shard {shortest} has {lengths[shortest]} tokens, --seq_len auto needs at least 33: prepare "
+                        f"more text or pass a smaller --seq_len")
     return fits
 
 
 def fingerprint(paths: Iterable[Path]) -> dict[str, str]:
-    """Return for each shard its length and a hash of its first and last 4,096 tokens, under its name."""
+    """Return each shard's length and a hash of its first and last 4,096 tokens, by file name."""
     shards = {path.name: open_shard(path) for path in paths}
     return {name: f"{len(tokens)} tokens, hash " + hashlib.sha256(
         np.concatenate([tokens[:4096], tokens[-4096:]]).astype(np.int64).tobytes()).hexdigest()[:16]
@@ -252,9 +252,9 @@ def fingerprint(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def open_shard(path: str | Path) -> np.ndarray:
-    """Map a shard into memory: 1-D, any integer type. Time and memory do not grow with its size.
+    """Memory-map a shard (1-D, any integer type), in time and memory that do not depend on its size.
 
-    Raises UserError for a file that is truncated, not a NumPy array, not 1-D or not of integers.
+    Raises UserError if the file is truncated or is not a 1-D NumPy array of integers.
     """
     try:
         tokens = np.load(path, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""Stop a run in good order on Ctrl-C, SIGTERM or a closed terminal."""
+"""Stop a run cleanly on Ctrl-C, SIGTERM or a closed terminal."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ class StopHandler:
     completed step there is nothing new to save and compilation may take minutes, so the first signal exits immediately
     with status 128 + signum; the loop sets `has_unsaved_steps` after it.
 
-    Under torchrun later signals are ignored: a cluster may signal torchrun and its workers, and torchrun passes its own
-    on, so a worker gets the same request twice. There torchrun kills what takes too long.
+    Under torchrun later signals are ignored: a cluster may signal torchrun and its workers, and torchrun forwards its
+    signal, so a worker can get the same signal twice. torchrun kills workers that take too long.
     """
 
     def __init__(self, verbose: bool):
@@ -30,11 +30,11 @@ class StopHandler:
         for later in self.signals:
             signal.signal(later, signal.SIG_IGN if under_torchrun else signal.SIG_DFL)
         if self.has_unsaved_steps:
-            text = "finishing this step and saving" + ("" if under_torchrun else "; once more to exit immediately")
+            text = "finishing this step and saving" + ("" if under_torchrun else " (repeat to exit immediately)")
         else:
             text = "stopping before the first completed step: there is nothing new to save"
         if self.verbose:
-            with contextlib.suppress(OSError):  # straight to the terminal: print may be what was interrupted
+            with contextlib.suppress(OSError):  # not print, which may be what the signal interrupted
                 os.write(1, f"{signal.Signals(signum).name}: {text}\n".encode())
         if not self.has_unsaved_steps:
             raise SystemExit(128 + signum)

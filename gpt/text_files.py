@@ -1,10 +1,10 @@
-"""Read documents out of text, JSON, CSV and Parquet files and the Hugging Face Hub, whatever their size.
+"""Read documents of any size from text, JSON, CSV and Parquet files and from the Hugging Face Hub.
 
-A text file is one document, like a book, and its last part goes to validation. A row of a table is a document, and a
-hash of its text assigns it to train or val.
+A text file is one document, and its last part is used for validation. Each row of a table is a document, and a hash of
+its text assigns it to train or val.
 
-Files are not read with the builders of `datasets`: those read a text file as one string, turn "NA" in a CSV into
-nothing and CR LF into LF, give up on JSON whose other columns change their types, and name neither file nor row.
+Files are not read with the builders of `datasets`: those read a text file as one string, turn "NA" in a CSV into null
+and CR LF into LF, fail on JSON whose other columns change type, and their errors name neither file nor row.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from gpt.errors import UserError
 TEXT, TABLES = (".txt", ".md"), (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 READ_SIZE = 2**20  # characters per read and per batch
-MAX_ROW = 2**25  # characters; a longer row is taken for a mistake, because it needs memory
+MAX_ROW = 2**25  # characters; longer rows are an error, to limit memory
 
-# Documents are cut into chunks of this many characters, at the end of a word if there is one: GPT-2's expression always
-# splits there, so the chunks have the tokens of the whole. (tiktoken fails on 10^6 white-space characters in a row.)
+# Documents are cut into chunks of this many characters, at the end of a word if there is one: GPT-2's regex always
+# splits there, so the tokens stay the same. (tiktoken fails on 10^6 white-space characters in a row.)
 MIN_CHUNK, MAX_CHUNK = 500_000, 900_000
 WORD_END = re.compile(r"\S(?=[ \t\r\n])")
 Chunk = tuple[str, bool, str]  # "train" or "val", whether a document begins here, text
@@ -38,15 +38,15 @@ Chunk = tuple[str, bool, str]  # "train" or "val", whether a document begins her
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """Settings of all commands that read text."""
+    """Settings shared by all commands that read text."""
 
     input: list[str] = field(default_factory=list)  # files, folders and patterns: text, JSON, CSV, Parquet
     dataset: str | None = None  # dataset on the Hugging Face Hub, instead of --input
-    dataset_config: str | None = None  # its configuration, such as wikitext-2-raw-v1
-    revision: str | None = None  # its branch, tag or commit
-    split: str = "train"  # its split
+    dataset_config: str | None = None  # configuration of --dataset, such as wikitext-2-raw-v1
+    revision: str | None = None  # branch, tag or commit of --dataset
+    split: str = "train"  # split of --dataset
     text_column: str = "text"  # column or JSON key that holds the text
-    join_rows: bool = False  # join the rows of a table: they are lines of one document
+    join_rows: bool = False  # join the rows of a table as lines of one document
     document_separator: str | None = None  # text between documents; \n is a newline
     val_fraction: float = 0.1  # fraction for validation: of the rows, or of each text file
 
@@ -64,9 +64,9 @@ class Source:
     path: str
     version: str  # changes when the content does
     size: int = 0  # bytes on disk; 0 if unknown
-    split: str | None = None  # "train" or "val" for all of its text; None: decided for each document
-    tables: Any = None  # of the Hub: an iterable dataset
-    file: BinaryIO | None = None  # once it is being read
+    split: str | None = None  # "train" or "val" for all of its text; None: depends on the document
+    tables: Any = None  # an iterable dataset, if it is on the Hub
+    file: BinaryIO | None = None  # set when reading starts
 
     @property
     def position(self) -> int:
@@ -79,12 +79,12 @@ class Source:
 
 
 def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
-    """Return the sources that `config` asks for, each file once, folders and patterns by name.
+    """Return the sources of `config`, each file once; the files of a folder or pattern are sorted by name.
 
-    split: where all their text goes. Raises UserError if there are none or the Hub cannot be reached.
+    split: "train" or "val" for all their text. Raises UserError if there are none or the Hub cannot be reached.
     """
     if (config.dataset is None) == (not config.input):
-        raise UserError("pass the text as --input (files, folders, a pattern) or as --dataset (a name on the Hub)")
+        raise UserError("pass either --input (files, folders or a pattern) or --dataset (a name on the Hub)")
     if config.dataset is not None:
         return [find_dataset(config, split)]
     paths: dict[str, str] = {}
@@ -95,7 +95,7 @@ def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
 
 
 def find_files(entry: str) -> list[str]:
-    """Return the files that one --input stands for. Raises UserError if there are none."""
+    """Return the files of one --input: a file, folder or pattern. Raises UserError if there are none."""
     if os.path.isfile(entry):
         return [entry]
     is_folder = os.path.isdir(entry)
@@ -103,22 +103,22 @@ def find_files(entry: str) -> list[str]:
     files = [path for path in sorted(matches) if os.path.isfile(path)
              and (not is_folder or extension(path) in TEXT + TABLES)]
     if not files:
-        problem = f"the folder has no {', '.join(TEXT + TABLES)}" if is_folder else "no such file, and no match"
-        raise UserError(f"input {entry!r}: {problem}: pass files, folders or a pattern in quotes")
+        problem = f"has no {', '.join(TEXT + TABLES)} files" if is_folder else "matches no files"
+        raise UserError(f"input {entry!r} {problem}: pass files, folders or a pattern in quotes")
     return files
 
 
 def find_dataset(config: TextConfig, split: str | None) -> Source:
-    """Return a split of a dataset of the Hub, to be streamed. Raises UserError if it cannot be loaded."""
-    import datasets  # seconds
+    """Return a split of a Hub dataset, for streaming. Raises UserError if it cannot be loaded."""
+    import datasets  # takes seconds
 
     try:
         builder = datasets.load_dataset_builder(config.dataset, config.dataset_config, revision=config.revision)
         tables = builder.as_streaming_dataset(split=config.split).with_format("arrow")
-    except Exception as error:  # of the network, the Hub, the disk; or there is no such split
+    except Exception as error:  # the network, the Hub or the disk; or there is no such split
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"cannot load --dataset {config.dataset} from the Hugging Face Hub ({reason}): without a "
-                        f"network, pass files (--input)") from None
+        raise UserError(f"cannot load --dataset {config.dataset} from the Hugging Face Hub ({reason}): check the name "
+                        f"and the network, or pass files as --input") from None
     return Source(f"{config.dataset} ({config.split})", str(builder.hash), split=split, tables=tables)
 
 
@@ -129,10 +129,11 @@ def extension(path: str) -> str:
 
 
 def read_batches(sources: list[Source], config: TextConfig) -> Iterator[tuple[list[Chunk], float]]:
-    """Yield all documents in order, as (about READ_SIZE characters, fraction of all bytes read so far or 0 if unknown).
+    """Yield all documents in order, in batches: (chunks of about READ_SIZE characters, fraction of all bytes read so
+    far or 0 if unknown).
 
-    A chunk that continues a document is the first of its batch, so that tokens do not depend on where batches end.
-    Raises UserError that names the file, and the row if it is a table, if one cannot be read.
+    A chunk that continues a document is the first of its batch, so that tokens do not depend on batch boundaries.
+    Raises UserError with the file, and in a table the row, that cannot be read.
     """
     batch: list[Chunk] = []
     n_chars, done, total = 0, 0, sum(source.size for source in sources)
@@ -149,7 +150,7 @@ def read_batches(sources: list[Source], config: TextConfig) -> Iterator[tuple[li
 
 
 def read_chunks(source: Source, config: TextConfig) -> Iterator[Chunk]:
-    """Yield the documents of a source, without blank ones. Raises UserError if it cannot be read."""
+    """Yield the non-blank documents of a source as chunks. Raises UserError if it cannot be read."""
     try:
         if source.is_table and not config.join_rows:
             documents = read_rows(source, config.text_column)
@@ -177,14 +178,14 @@ def read_chunks(source: Source, config: TextConfig) -> Iterator[Chunk]:
 
 
 def assign_split(text: str, val_fraction: float) -> str:
-    """Return "val" for a fraction of all documents, chosen by a hash of the first 65,536 characters, so that a document
-    stays in its split when others are added."""
+    """Return "val" for `val_fraction` of all documents, else "train", by a hash of the first 65,536 characters: a
+    document stays in its split when others are added."""
     digest = hashlib.blake2b(text[:2**16].encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
 def split_text(source: Source, config: TextConfig) -> Iterator[tuple[str, str]]:
-    """Yield (split, block) for a text whose last `val_fraction`, from the end of a line on, is for validation."""
+    """Yield (split, block) of a text whose last `val_fraction`, from the start of a line on, is for validation."""
     if source.split or not config.val_fraction:
         yield from ((source.split or "train", block) for block in read_text(source, config))
         return
@@ -202,7 +203,7 @@ def split_text(source: Source, config: TextConfig) -> Iterator[tuple[str, str]]:
 
 
 def split_documents(blocks: Iterable[str], separator: str) -> Iterator[str]:
-    """Yield what lies between separators and the newlines around them, in a text that comes in blocks."""
+    """Yield the documents between separators, without surrounding newlines, of a text that comes in blocks."""
     rest = ""
     for block in blocks:
         *documents, rest = (rest + block).split(separator)
@@ -213,7 +214,7 @@ def split_documents(blocks: Iterable[str], separator: str) -> Iterator[str]:
 
 
 def cut_chunks(split: str, blocks: Iterable[str]) -> Iterator[Chunk]:
-    """Yield a document that comes in blocks as chunks; nothing if it is blank."""
+    """Yield the chunks of a document that comes in blocks; nothing if it is blank."""
     rest, begins = "", True
     for block in blocks:
         rest += block
@@ -235,7 +236,7 @@ def read_text(source: Source, config: TextConfig) -> Iterator[str]:
 
 @contextlib.contextmanager
 def open_text(source: Source) -> Iterator[TextIO]:
-    """Open a UTF-8 file, plain or compressed, without its byte order mark and with line ends as they are."""
+    """Open a UTF-8 file, plain or compressed, without its byte order mark and with line endings unchanged."""
     with open(source.path, "rb") as source.file:
         stream = pa.input_stream(source.file, COMPRESSION.get(os.path.splitext(source.path.lower())[1]), READ_SIZE)
         yield io.TextIOWrapper(io.BufferedReader(stream, READ_SIZE), encoding="utf-8-sig", newline="")
@@ -249,15 +250,15 @@ def read_blocks(source: Source) -> Iterator[str]:
 
 
 def read_rows(source: Source, column: str) -> Iterator[str]:
-    """Yield the texts of a table's rows, without nulls. Raises UserError that names file and row if one has no text."""
-    kind = ".parquet" if source.tables is not None else extension(source.path)
-    rows = {".csv": csv_rows, ".parquet": arrow_rows}.get(kind, json_rows)(source, column)
+    """Yield the text of each row of a table; skip nulls. Raises UserError with file and row if a row has no text."""
+    file_format = ".parquet" if source.tables is not None else extension(source.path)
+    rows = {".csv": csv_rows, ".parquet": arrow_rows}.get(file_format, json_rows)(source, column)
     for number, row in rows:
         text = row.get(column) if isinstance(row, dict) else None
         if isinstance(text, str):
             yield text
             continue
-        where = f"{source.path}, {'row' if kind == '.parquet' else 'line'} {number}"
+        where = f"{source.path}, {'row' if file_format == '.parquet' else 'line'} {number}"
         if not isinstance(row, dict):
             raise UserError(f'{where}: expected an object such as {{"{column}": "…"}}, found {type(row).__name__}')
         if column not in row:
@@ -269,13 +270,13 @@ def read_rows(source: Source, column: str) -> Iterator[str]:
 
 
 def json_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) for objects on lines of their own, one after the other, or in an array."""
+    """Yield (line, value) of each JSON object: one per line, concatenated, or in an array."""
     decode, skip_separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*").match
     text, end, line = "", 0, 1
     for block in itertools.chain(read_blocks(source), [""]):
         text, end = text[end:] + block, 0
         while True:
-            begin = skip_separators(text, end).end()  # type: ignore[union-attr]  # it matches nothing, too
+            begin = skip_separators(text, end).end()  # type: ignore[union-attr]  # always matches
             line += text.count("\n", end, begin)
             try:
                 value, end = decode(text, begin)
@@ -290,7 +291,7 @@ def json_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
 
 
 def csv_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, row) for a CSV file whose first line has the names of the columns."""
+    """Yield (line, row) of a CSV file whose first line has the column names."""
     csv.field_size_limit(MAX_ROW)
     with open_text(source) as file:
         rows = csv.reader(file, strict=True)
@@ -301,12 +302,12 @@ def csv_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
                     raise csv.Error(f"{len(row)} cells, but {len(names)} column names")
                 yield rows.line_num, dict(zip(names, row, strict=True))
         except csv.Error as error:
-            raise UserError(f"{source.path}, line {rows.line_num}: broken CSV ({error}): is a quotation mark "
-                            f"missing?") from None
+            raise UserError(f"{source.path}, line {rows.line_num}: broken CSV ({error}): check for a missing quotation "
+                            f"mark") from None
 
 
 def arrow_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) for a Parquet file or a dataset of the Hub, with `column` alone if there is one."""
+    """Yield (number, row) of a Parquet file or a Hub dataset, with only `column` if it exists."""
     tables = read_parquet(source, column) if source.tables is None else (
         table.select([column]) if column in table.column_names else table
         for table in source.tables.iter(batch_size=100))
@@ -318,7 +319,7 @@ def read_parquet(source: Source, column: str) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet as pq
 
     with open(source.path, "rb") as source.file:
-        parquet = pq.ParquetFile(source.file, pre_buffer=False, buffer_size=READ_SIZE)  # or it reads a row group
+        parquet = pq.ParquetFile(source.file, pre_buffer=False, buffer_size=READ_SIZE)  # not whole row groups
         n_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
         batch_size = max(1, min(1000, parquet.metadata.num_rows * READ_SIZE // max(n_bytes, 1)))
         yield from parquet.iter_batches(batch_size, columns=[column] if column in parquet.schema_arrow.names else None)

@@ -1,4 +1,4 @@
-"""Byte-pair encoding, offline: GPT-2's tokenizer, and tokenizers learned from your own text."""
+"""Byte-pair encoding, offline: GPT-2's tokenizer, and tokenizers trained on your own text."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ MERGES = Path(__file__).with_name("r50k_base.tiktoken")
 MERGES_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # How text is split before merging (Radford et al. 2019, section 2.2): contractions, words, numbers and other
-# characters, each with at most one leading space, and runs of white space. The same expression as in r50k_base.
+# characters, each with at most one leading space, and runs of white space. The same regex as in r50k_base.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
@@ -28,7 +28,7 @@ class Tokenizer:
     """A byte-level BPE that splits text as GPT-2 does and has `<|endoftext|>` as its last token.
 
     merge_table: "gpt2", or a table in tiktoken's format: one token per line, its bytes in base64, a space, its rank.
-    This string is what checkpoints hold. Raises UserError if it is neither.
+    Checkpoints store this string. Raises UserError if it is neither.
     """
 
     def __init__(self, merge_table: str = "gpt2"):
@@ -56,7 +56,7 @@ class Tokenizer:
         try:
             return cls(path.read_text(encoding="ascii"))
         except (OSError, UnicodeDecodeError, UserError) as error:
-            raise UserError(f"{path} is not a tokenizer ({error})") from None
+            raise UserError(f"{path} is not a tokenizer ({error}): create it again") from None
 
     def save(self, folder: str | Path) -> None:
         """Write the merge table to `folder`/tokenizer.tiktoken; GPT-2's is part of this package and not written."""
@@ -66,12 +66,12 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a tokenizer of `vocab_size` tokens from texts; fewer if the texts have no more pairs to merge.
+        """Train a tokenizer of `vocab_size` tokens on texts; fewer if the texts have no more pairs to merge.
 
-        Raises UserError for a size below 257: the 256 bytes and `<|endoftext|>`.
+        Raises UserError for a size below 257 (256 bytes and `<|endoftext|>`) or above 2^24.
         """
         if not 257 <= vocab_size <= 2**24:
-            raise UserError(f"vocab_size is {vocab_size}: it must be at least 257 (256 bytes and {END_OF_TEXT}) and at "
+            raise UserError(f"vocab_size is {vocab_size}: must be at least 257 (256 bytes and {END_OF_TEXT}) and at "
                             f"most {2**24}")
         import tokenizers
         from tokenizers import models, pre_tokenizers, trainers
@@ -86,7 +86,7 @@ class Tokenizer:
                            for rank, token in enumerate(sorted(vocab, key=vocab.__getitem__))))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Return the token ids of `text`, where `<|endoftext|>` is text like any other unless `allow_special`."""
+        """Return the token ids of `text`; `<|endoftext|>` is ordinary text unless `allow_special`."""
         return self.encoding.encode(text, allowed_special="all" if allow_special else set(), disallowed_special=())
 
     def encode_documents(self, chunks: Iterable[tuple[bool, str]]) -> np.ndarray:
@@ -99,7 +99,7 @@ class Tokenizer:
         text = "".join(END_OF_TEXT * begins + text for begins, text in chunks)
         try:
             text.encode()
-        except UnicodeEncodeError:  # half a UTF-16 pair, which JSON can express: U+FFFD, as in tiktoken's `encode`
+        except UnicodeEncodeError:  # a lone surrogate, which JSON allows: U+FFFD, as in tiktoken's `encode`
             return self.encode_documents([(begins, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
                                           for begins, text in chunks])
         if text.count(END_OF_TEXT) == sum(begins for begins, _ in chunks):
@@ -142,14 +142,14 @@ class Tokenizer:
 
 
 def parse_merge_table(merge_table: str) -> dict[bytes, int]:
-    """Return the rank of each token in a merge table. Raises UserError if it is damaged, or the name of one."""
+    """Return the rank of each token in a merge table. Raises UserError if it is damaged or only a tokenizer's name."""
     if "\n" not in merge_table:
-        raise UserError(f"unknown tokenizer {merge_table!r}: its merge table is missing; prepare the data again")
+        raise UserError(f"unknown tokenizer {merge_table!r} (no merge table): prepare the data again")
     try:
         pairs = [line.split() for line in merge_table.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         if sorted(ranks.values()) != [*range(len(pairs))] or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError("ranks or bytes are missing or duplicate")
+            raise ValueError("missing or duplicate ranks or bytes")
     except ValueError as error:
         raise UserError(f"the tokenizer's merge table is damaged ({error})") from None
     return ranks

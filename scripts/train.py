@@ -128,7 +128,7 @@ def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler
                 next_loss = model(*train_loader.batch(step, 0))
             checkpoints.save(step, next_loss, must_succeed=step == 0 or finished or stopping)
         if stopping:
-            log.print(f"stopped at step {step} of {config.max_steps}; the same command resumes from there")
+            log.print(f"stopped at step {step} of {config.max_steps}: rerun the same command to resume")
             dist.wait()  # torchrun ends the other ranks when one exits
             return 128 + (stop.signum or signal.SIGTERM)
 

@@ -92,7 +92,7 @@ def test_load_latest_returns_the_newest_step(tmp_path):
     assert (path.name, model["step"], optim["step"], reported) == ("model_01000.pt", 1000, 1000, "")
     for path in tmp_path.glob("optim_*.pt"):
         path.unlink()
-    with pytest.raises(UserError, match="none of the 4 checkpoints .*move the damaged files away"):
+    with pytest.raises(UserError, match="none of the 4 checkpoints .*or move them away"):
         load_latest(tmp_path)
     assert checkpoint.load_latest(tmp_path, pytest.fail)[0].name == "model_01000.pt"  # enough to generate from
 
@@ -108,8 +108,8 @@ class Code:
     ("model_00008.pt", b"", "is damaged"), ("model_00008.pt", b"To be", "is damaged"),
     ("model_00008.pt", {"model": Code()}, r"is damaged or not a \.pt file \(Weights only load failed"),
     ("model_00008.pt", [1, 2], "holds a list"), ("model_00008.pt", {"state": 1}, "has no valid model, config, step"),
-    ("model_00008.pt", {"model": {}, "config": {"layers": 1}, "step": 8}, "does not make a model"),
-    ("model_00008.pt", "model_00004.pt", "it is of step 4, not 8"),
+    ("model_00008.pt", {"model": {}, "config": {"layers": 1}, "step": 8}, "invalid config or weights"),
+    ("model_00008.pt", "model_00004.pt", "its step is 4, not 8"),
     ("model_00008.pt", "other/model_00008.pt", "optim_00008.pt was not saved with it"),
     ("optim_00008.pt", b"", "optim_00008.pt is damaged"), ("optim_00008.pt", None, "optim_00008.pt is missing"),
     ("optim_00008.pt", "optim_00004.pt", "optim_00008.pt was not saved with it"),
@@ -167,7 +167,7 @@ def test_load_optimizer_restores_moments_and_keeps_settings(tmp_path, name, othe
     moments = manager.optimizer.state_dict()["state"]
     assert is_same(optimizer.state_dict()["state"], moments) and len(moments) == len(list(manager.model.parameters()))
     assert {group["lr"] for group in optimizer.param_groups} == {9e-9} and not reported
-    with pytest.raises(UserError, match="optimizer state of step 5 does not fit"):
+    with pytest.raises(UserError, match="optimizer state of step 5 does not match"):
         checkpoint.load_optimizer(saved, configure_optimizer(manager.model, other, **SETTINGS), manager.scaler)
 
 

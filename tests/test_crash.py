@@ -27,7 +27,7 @@ def test_resumed_run_repeats_every_number(args, tmp_path, uninterrupted_run, pla
     """SIGKILL loses the steps since the last save; on other signals the run finishes its step and saves."""
     done = Fork("tests/fault_injection.py", *args, FAULT=f"{place} {name}").result()
     assert done.returncode == status and not done.stderr, done.stderr
-    stopped = re.findall(r"stopped at step (\d+) of 12; the same command resumes from there", done.stdout)
+    stopped = re.findall(r"stopped at step (\d+) of 12: rerun the same command to resume", done.stdout)
     assert stopped == ([] if name == "SIGKILL" else [str(last_saved)])
     again = run("-m", "scripts.train", *args)
     assert again.returncode == 0, again.stderr

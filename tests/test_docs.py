@@ -41,6 +41,17 @@ def test_docs_pages_are_all_listed():
     assert sorted(PAGES[1:]) == sorted(ROOT.glob("docs/*.md"))
 
 
+def test_quoted_messages_exist():
+    """Each message in the tables of troubleshooting.md, up to its `…`, is in the source."""
+    source = " ".join(path.read_text() for folder in ("gpt", "scripts") for path in ROOT.glob(f"{folder}/*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # string literals over several lines
+    source = re.sub(r"\{[^{}]*\}", "…", source)
+    symptoms = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    parts = [part.strip(" :`'") for text in symptoms for part in re.split(r"…|warning: |`, `|'[a-z_]+'", text)]
+    assert len(symptoms) > 15
+    assert [part for part in parts if part and part not in source] == []
+
+
 @pytest.mark.parametrize("page, argv", TRAINING, ids=lambda value: value if isinstance(value, str) else "")
 def test_documented_train_command_has_divisible_batch(page, argv, tmp_path):
     """With the number of ranks that the command starts, its flags and its --config."""

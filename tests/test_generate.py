@@ -80,7 +80,8 @@ def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, log_dir):
     terminal.type(CTRL_C)
     terminal.wait_for("\n> ")
     terminal.type("<|endoftext|>\n")
-    terminal.wait_for("\nerror: prompt '<|endoftext|>' has token 50256: the model knows 50256 tokens\n> ")
+    terminal.wait_for("\nerror: prompt '<|endoftext|>' has token id 50256, but the model's vocabulary has 50256 "
+                      "tokens: pass another prompt\n> ")
     terminal.type(ARROW_UP + ARROW_UP + "\n")
     terminal.wait_for("\n" + expected_texts(model, 20, seed=9)[0])
     terminal.type(CTRL_C)

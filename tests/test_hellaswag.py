@@ -142,5 +142,5 @@ def test_load_examples_names_the_invalid_example(tmp_path, field, reason):
 
 
 def test_pack_example_rejects_tokens_beyond_the_vocabulary():
-    with pytest.raises(UserError, match="token id 100, but the model knows 100 tokens"):
+    with pytest.raises(UserError, match="token id 100, but the model's vocabulary has 100 tokens"):
         pack_example(0, Example("a", ["d"] * 4, 0), BYTES, GPTConfig(vocab_size=100))
