@@ -72,14 +72,14 @@ def parse_args(config_class: type, args: Sequence[str]) -> Any:
     first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     words[first_flag:first_flag] = [word for path in known.config for word in yaml_flags(read_yaml(path))]
     spec, local_rank = sys.modules["__main__"].__spec__, int(os.environ.get("LOCAL_RANK", 0))
-    about = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")
-    about += ["Settings can also be read from a YAML file: --config FILE. Flags override it."]
+    description = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")
+    description += ["Settings can also be read from a YAML file: --config FILE. Flags override it."]
     try:
         with contextlib.redirect_stderr(io.StringIO() if local_rank else sys.stderr):
             return tyro.cli(
                 config_class, args=words, registry=REGISTRY, console_outputs=not local_rank, use_underscores=True,
                 prog=f"python -m {spec.name}" if spec else f"python {sys.argv[0]}",
-                description="\n\n".join(textwrap.fill(text, 80, subsequent_indent="  ") for text in about),
+                description="\n\n".join(textwrap.fill(text, 80, subsequent_indent="  ") for text in description),
                 config=(tyro.conf.FlagConversionOff, tyro.conf.PositionalMetavarFromFieldName))
     except SystemExit as exit_:
         if local_rank and exit_.code:

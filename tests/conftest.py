@@ -204,12 +204,3 @@ def assert_user_error(done: subprocess.CompletedProcess, *words: str) -> None:
     assert 1 <= len(lines) <= 2 and lines[-1].startswith("error: "), done.stderr
     for word in words:
         assert word in lines[-1], f"{word!r} is not in {lines[-1]!r}"
-
-
-def assert_flag_refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert exit status 2 and tyro's message, which contains `words`, without a traceback."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    message = " ".join(done.stderr.replace("│", " ").split())
-    assert "Traceback" not in message and not message.startswith("error: "), done.stderr
-    for word in words:
-        assert word in message, f"{word!r} is not in {message!r}"
