@@ -119,7 +119,7 @@ def test_resume_with_other_data_requires_init_from(uninterrupted_run, byte_data,
     args = ["-m", "scripts.train", "--data_root", data, *RUN]
     init_from = ["--init_from", log_dir / "model_00012.pt", "--log_dir"]
     assert_user_error(run(*args, "--log_dir", log_dir), "train_00000.npy: was 20000 tokens",
-                      f"start a new run from these weights with {' '.join(map(str, init_from))} NEW")
+                      f"start a new run with {' '.join(map(str, init_from))} NEW")
     done = run(*args, *init_from, tmp_path / "new", "--model.n_layer", 7, "--seq_len", 16, "--optimizer", "muon")
     assert done.returncode == 0, done.stderr
     old, new = (metrics(folder, "train") for folder in (log_dir, tmp_path / "new"))
