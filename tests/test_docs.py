@@ -30,7 +30,7 @@ TRAINING = [(page, shlex.split(line, comments=True)) for page, line in COMMANDS
 # Commands that a CPU without a network cannot run, or that take longer than all others together.
 NOT_RUN = {
     "installation": r"^(make|pip|\.|python3) |requirements",
-    "eight GPUs, or GPT-2 124M at full length": r"nproc_per_node=8|sbatch|--nnodes|scripts\.train$",
+    "eight GPUs, or GPT-2 124M at full length": r"nproc_per_node=8|sbatch|--nnodes|scripts\.train$|log_124M",
     "the Hugging Face Hub": r"\bgpt2(-xl)?( |$)|finetune_shakespeare|tinystories",
     "benchmarks": r"benchmarks|bench generate|-m pytest",
 }
