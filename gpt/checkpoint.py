@@ -154,7 +154,7 @@ class CheckpointManager:
         if not all(map(math.isfinite, values)):
             max_lr = self.metadata["train_config"]["max_lr"]
             raise UserError(f"step {step}: {description}, the run has diverged: rerun with a lower --max_lr (now "
-                            f"{max_lr:g}), more --warmup_steps or a lower --grad_clip; it resumes from {self.last_saved}")
+                            f"{max_lr:g}) or --grad_clip or more --warmup_steps; it resumes from {self.last_saved}")
 
     def check_update(self, step: int, losses: Sequence[float], grad_norm: float) -> None:
         """Raise UserError if step number `step` (from 0) has diverged; print a line if fp16 gradients overflowed.
