@@ -2,7 +2,7 @@
 
 State-dict names are GPT-2's own (wte, wpe, h.N.ln_1, h.N.attn.c_attn, …, ln_f) and every weight is stored as
 `nn.Linear` has it, (out, in), as in nanoGPT; Hugging Face's files hold the four matrices of a block transposed.
-The LM head is tied to the token embedding, so it has no entry of its own.
+The LM head is tied to the token embedding and has no separate entry.
 """
 
 import math
