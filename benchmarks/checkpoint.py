@@ -1,4 +1,6 @@
-"""Time to save a checkpoint; time and peak memory to load Hugging Face weights: python -m benchmarks.checkpoint"""
+"""Time to save a checkpoint; time and peak memory to load Hugging Face weights:
+python -m benchmarks.checkpoint
+"""
 
 import argparse
 import statistics
@@ -13,11 +15,9 @@ import torch
 from gpt import pretrained
 from gpt.checkpoint import CheckpointManager
 from gpt.config import GPT2_CONFIGS, GPTConfig
-from gpt.distributed import Distributed
-from gpt.metrics import RunLog
+from gpt.distributed import Ranks
 from gpt.model import GPT
 from gpt.optim import configure_optimizer
-from scripts.train import TrainConfig
 
 # Run in a fresh process; on Linux /proc/self/status has the memory in use and its peak, in kB.
 LOAD = r"""
@@ -31,8 +31,10 @@ print(time.perf_counter() - t0, 1024 * (kilobytes("VmHWM") - before), 4 * model.
 
 
 def measure_load(folder: str | Path) -> tuple[float, float, float]:
-    """Load a folder in a fresh process; return seconds, growth of peak memory and size of the weights, in bytes."""
-    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=True)
+    """Load a folder in a fresh process; return seconds, growth of peak memory and size of the
+    weights, both in bytes."""
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True,
+                          check=True)
     seconds, peak, weights = map(float, done.stdout.split())
     return seconds, peak, weights
 
@@ -48,23 +50,25 @@ def main() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    dist, seconds = Distributed(0, 1, torch.device("cpu")), []
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    seconds = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        manager = CheckpointManager(folder, dist, RunLog(TrainConfig(log_dir=folder), dist))
-        manager.resume(model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                       {"tokenizer": None, "train_config": {}, "data": {}})
+        manager = CheckpointManager(Path(folder), Ranks(0, 1, torch.device("cpu")), lambda: None,
+                                    model, optimizer, scaler,
+                                    {"tokenizer": None, "train_config": {}, "data": {}})
         for step in range(args.rounds):
             t0 = time.perf_counter()
-            manager.save(step, torch.tensor(1.0), must_succeed=True)
+            manager.save(step, required=True)
             seconds.append(time.perf_counter() - t0)
         size = sum(path.stat().st_size for path in Path(folder).glob(f"*_{args.rounds - 1:05d}.pt"))
-    print(f"{args.size}: a checkpoint of {size / 1e6:,.0f} MB saves in {statistics.median(seconds):.2f} s "
-          f"({min(seconds):.2f} to {max(seconds):.2f})")
+    print(f"{args.size}: a checkpoint of {size / 1e6:,.0f} MB saves in "
+          f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         checkpoint = {"model": model.state_dict(), "config": vars(model.config), "tokenizer": None}
         pretrained.save_pretrained(checkpoint, Path(folder))
         load_seconds, peak, weights = measure_load(folder)
-    print(f"{args.size}: {weights / 1e9:.2f} GB load in {load_seconds:.1f} s, peak memory {peak / weights:.2f} x")
+    print(f"{args.size}: {weights / 1e9:.2f} GB load in {load_seconds:.1f} s, peak memory "
+          f"{peak / weights:.2f} x")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Greedy generation with a KV cache in float32, against transformers: python -m benchmarks.generate
 
-Both are GPT-2 124M with random weights and alternate, each in a separate process. Other flags go to scripts.bench.
+Both are GPT-2 124M with random weights and alternate, each in a separate process.
+Other flags go to scripts.bench.
 """
 
 import argparse
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # run transformers in this process
+    # Run transformers in this process.
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     for B in args.batch_sizes:
         if args.peer:
@@ -42,8 +44,8 @@ def main() -> None:
         words = ["--batch_sizes", B, "--max_new_tokens", args.max_new_tokens]
         compare(f"{B} x {args.max_new_tokens} tokens", "tokens/s", {
             "transformers": partial(rate, "benchmarks.generate", "--peer", *words),
-            "ours": partial(rate, "scripts.bench", "generate", "--dtypes", "float32", "--num_repeats", 3, *words,
-                            *flags)}, args.rounds)
+            "ours": partial(rate, "scripts.bench", "generate", "--dtypes", "float32",
+                            "--num_repeats", 3, *words, *flags)}, args.rounds)
 
 
 if __name__ == "__main__":

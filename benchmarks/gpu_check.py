@@ -1,7 +1,8 @@
-"""Run all tests and benchmarks that need a GPU, in ten minutes: python -m benchmarks.gpu_check, or make gpu-check
+"""Run all tests and benchmarks that need a GPU, in ten minutes:
+python -m benchmarks.gpu_check, or make gpu-check
 
-Runs the tests marked `cuda`, then scripts.bench with GPT-2 124M. If a part fails or times out, it is reported, the
-others still run, and the exit status is 1.
+Runs the tests marked `cuda`, then scripts.bench with GPT-2 124M. If a part fails or times out, it
+is reported, the others still run, and the exit status is 1.
 """
 
 import argparse
@@ -14,17 +15,20 @@ import time
 import torch
 
 BUDGET, TESTS_LIMIT, BENCH_LIMIT = 570, 240, 150  # seconds
-TRAIN = [("adamw", 16, 256), ("adamw", 16, 1024), ("adamw", 64, 1024), ("muon", 16, 1024), ("muon", 64, 1024)]
+TRAIN = [("adamw", 16, 256), ("adamw", 16, 1024), ("adamw", 64, 1024), ("muon", 16, 1024),
+         ("muon", 64, 1024)]
 PEERS = """For comparison, on one GPU:
   64x1024, H100: 418,821 tokens/s, 36.2% MFU (plain GPT-2 with a fused loss)
   16x1024, H100: 319,727 tokens/s, 10.3 GB
   64x1024, H200: 489,700 tokens/s"""
 # --quick: a tiny model that takes seconds on any device, to test this script.
-QUICK = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32", "--model.vocab_size", "300"]
+QUICK = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32",
+         "--model.vocab_size", "300"]
 
 
 def run(words: list[str], limit: float) -> tuple[str, str]:
-    """Run `python -m …` for at most `limit` seconds; return its standard output and, if it failed, the reason."""
+    """Run `python -m …` for at most `limit` seconds; return its standard output and,
+    if it failed, the reason."""
     if limit <= 0:
         return "", "not run: out of time"
     process = subprocess.Popen([sys.executable, "-m", *words], text=True, stdout=subprocess.PIPE,
@@ -36,8 +40,10 @@ def run(words: list[str], limit: float) -> tuple[str, str]:
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
         return process.communicate()[0], f"stopped after {limit:.0f} s"
+    if process.returncode == 0:
+        return printed, ""
     lines = [line for line in errors.splitlines() if line.strip()]
-    return printed, f"exit status {process.returncode}: {lines[-1] if lines else ''}" if process.returncode else ""
+    return printed, f"exit status {process.returncode}: {lines[-1] if lines else ''}"
 
 
 def main() -> int:
@@ -51,9 +57,10 @@ def main() -> int:
     t0 = time.monotonic()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{name}, torch {torch.__version__}")
-    benches = [["train", "--optimizer", optimizer, "--micro_batch_size", str(B), "--seq_len", str(T),
-                "--total_batch_size", str(B * T)] for optimizer, B, T in TRAIN]
-    commands = [(["pytest", "-o", "addopts=", "-m", "cuda", "-q", "tests/test_cuda.py"], TESTS_LIMIT)]
+    benches = [["train", "--optimizer", optimizer, "--micro_batch_size", str(B),
+                "--seq_len", str(T), "--total_batch_size", str(B * T)] for optimizer, B, T in TRAIN]
+    tests = ["pytest", "-o", "addopts=", "-m", "cuda", "-q", "tests/test_cuda.py"]
+    commands = [(tests, TESTS_LIMIT)]
     commands += [(["scripts.bench", *words, *(QUICK if quick else [])], BENCH_LIMIT)
                  for words in [*benches, ["generate", "--num_repeats", "3"]]]
     failed = False

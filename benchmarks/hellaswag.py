@@ -1,6 +1,8 @@
-"""HellaSwag examples per second, ours against four full rows per example: python -m benchmarks.hellaswag
+"""HellaSwag examples per second, ours against four full rows per example:
+python -m benchmarks.hellaswag
 
-GPT-2 124M with random weights, on the CPU; without --data, examples are excerpts of a play with HellaSwag's lengths.
+GPT-2 124M with random weights, on the CPU; without --data, examples are excerpts of a play
+with HellaSwag's lengths.
 """
 
 import argparse
@@ -31,17 +33,20 @@ def main() -> None:
     prepare_for_inference(models["float32"], torch.float32)  # as scripts.eval_hellaswag does
     examples = (load_examples(args.data, args.examples) if args.data
                 else reference_hellaswag.make_examples(args.examples))
-    choices: dict[str, torch.Tensor] = {}  # (2, examples): the endings with the smallest sums and means
+    # (2, examples): the endings with the smallest sums and means.
+    choices: dict[str, torch.Tensor] = {}
 
     def reference() -> float:
         t0 = time.perf_counter()
-        choices["reference"] = reference_hellaswag.score_endings(model, tokenizer, examples).argmin(2)
+        scores = reference_hellaswag.score_endings(model, tokenizer, examples)
+        choices["reference"] = scores.argmin(2)
         return len(examples) / (time.perf_counter() - t0)
 
     def ours(dtype: str) -> float:
         t0 = time.perf_counter()
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
-            *_, (sums, counts) = score_endings(models[dtype], tokenizer, examples, BATCH_TOKENS["cpu"])
+            *_, (sums, counts) = score_endings(models[dtype], tokenizer, examples,
+                                               BATCH_TOKENS["cpu"])
         choices[dtype] = torch.stack([sums, sums / counts]).argmin(2)
         return len(examples) / (time.perf_counter() - t0)
 
@@ -53,7 +58,8 @@ def main() -> None:
     for name, predictions in choices.items():
         acc, acc_norm = (predictions == labels).double().mean(1).tolist()
         same = (predictions == choices["reference"]).double().mean().item()
-        print(f"  {name:<12} acc {acc:.4f}, acc_norm {acc_norm:.4f}, {same:.1%} of predictions equal the reference's")
+        print(f"  {name:<12} acc {acc:.4f}, acc_norm {acc_norm:.4f}, "
+              f"{same:.1%} of predictions equal the reference's")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Training speed of scripts.train against nanoGPT's model and optimizer: python -m benchmarks.peers --nanogpt PATH
+"""Training speed of scripts.train against nanoGPT's model and optimizer:
+python -m benchmarks.peers --nanogpt PATH
 
-PATH is a checkout of github.com/karpathy/nanoGPT. The two alternate, each in a separate process. Other flags go to
-scripts.bench, such as --precision float32.
+PATH is a checkout of github.com/karpathy/nanoGPT. The two alternate, each in a separate process.
+Other flags go to scripts.bench, such as --precision float32.
 """
 
 import argparse
@@ -17,20 +18,22 @@ import torch
 from benchmarks.compare import compare, rate
 
 SHAPES = ["4,192,6,2048,8,128", "4,128,4,50257,8,256", "12,768,12,50257,4,256"]
-FLAGS = ("model.n_layer", "model.n_embd", "model.n_head", "model.vocab_size", "micro_batch_size", "seq_len")
+FLAGS = ("model.n_layer", "model.n_embd", "model.n_head", "model.vocab_size", "micro_batch_size",
+         "seq_len")
 STEPS, WARMUP = 10, 3
 
 
-def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, B: int, T: int) -> float:
-    """Return the median tokens/s of nanoGPT's training step on random tokens, with the settings of its train.py:
-    compiled and in bfloat16 on CUDA, uncompiled and in float32 on the CPU."""
+def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, B: int,
+            T: int) -> float:
+    """Return the median tokens/s of nanoGPT's training step on random tokens, with the settings of
+    its train.py: compiled and in bfloat16 on CUDA, uncompiled and in float32 on the CPU."""
     sys.path.insert(0, path)
     nano = importlib.import_module("model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    shape = nano.GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                           dropout=0.0, bias=True)
+    shape = nano.GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                           n_embd=n_embd, dropout=0.0, bias=True)
     model: Any = nano.GPT(shape).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
     model = torch.compile(model) if device == "cuda" else model
@@ -53,9 +56,11 @@ def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nanogpt", required=True)
-    parser.add_argument("--shape", nargs="+", default=SHAPES, help="n_layer,n_embd,n_head,vocab_size,batch,length")
+    parser.add_argument("--shape", nargs="+", default=SHAPES,
+                        help="n_layer,n_embd,n_head,vocab_size,batch,length")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # run nanoGPT in this process
+    # Run nanoGPT in this process.
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     for shape in args.shape:
         sizes = list(map(int, shape.split(",")))
@@ -64,8 +69,10 @@ def main() -> None:
             continue
         words = [f"--{flag}={size}" for flag, size in zip(FLAGS, sizes, strict=True)]
         compare(shape, "tokens/s", {
-            "nanoGPT": partial(rate, "benchmarks.peers", "--peer", "--nanogpt", args.nanogpt, "--shape", shape),
-            "ours": partial(rate, "scripts.bench", "train", *words, "--total_batch_size", sizes[4] * sizes[5],
+            "nanoGPT": partial(rate, "benchmarks.peers", "--peer", "--nanogpt", args.nanogpt,
+                               "--shape", shape),
+            "ours": partial(rate, "scripts.bench", "train", *words,
+                            "--total_batch_size", sizes[4] * sizes[5],
                             "--num_repeats", STEPS, *flags)}, args.rounds)
 
 

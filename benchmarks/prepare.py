@@ -1,6 +1,8 @@
-"""scripts.prepare against a multiprocessing.Pool over single documents: python -m benchmarks.prepare --text FILE
+"""scripts.prepare against a multiprocessing.Pool over single documents:
+python -m benchmarks.prepare --text FILE
 
-Both tokenize the same JSON lines, FILE cut into documents of 1,000 characters and repeated, with as many workers.
+Both tokenize the same JSON lines, FILE cut into documents of 1,000 characters and repeated,
+with as many workers.
 """
 
 import argparse
@@ -25,10 +27,12 @@ def encode(text: str) -> np.ndarray:
 
 
 def pool(path: Path, workers: int) -> np.ndarray:
-    """Return the tokens of `path`, encoded as in build-nanogpt: imap over documents, 16 at a time, into one array."""
+    """Return the tokens of `path`, encoded as in build-nanogpt: imap over documents, 16 at a time,
+    into one array."""
     tokens, count = np.empty(path.stat().st_size, dtype=np.uint16), 0
     with path.open("rb") as lines, multiprocessing.Pool(workers) as processes:
-        for document in processes.imap(encode, (json.loads(line)["text"] for line in lines), chunksize=16):
+        texts = (json.loads(line)["text"] for line in lines)
+        for document in processes.imap(encode, texts, chunksize=16):
             tokens[count:count + len(document)] = document
             count += len(document)
     return tokens[:count]
@@ -55,14 +59,16 @@ def main() -> None:
         def ours() -> float:
             shutil.rmtree(out, ignore_errors=True)
             t0 = time.perf_counter()
-            python("scripts.prepare", "--input", path, "--out", out, "--val_fraction", 0, "--num_workers", args.workers)
+            python("scripts.prepare", "--input", path, "--out", out, "--val_fraction", 0,
+                   "--num_workers", args.workers)
             seconds = time.perf_counter() - t0
             tokens = np.concatenate([np.load(part) for part in sorted(out.glob("train_*.npy"))])
             assert np.array_equal(tokens, np.load(shard))
             return len(tokens) / seconds / 1e6
 
-        compare(f"{path.stat().st_size / 1e6:.0f} MB of JSON lines, {args.workers} workers", "M tokens/s",
-                {"multiprocessing.Pool": reference, "scripts.prepare": ours}, args.rounds)
+        compare(f"{path.stat().st_size / 1e6:.0f} MB of JSON lines, {args.workers} workers",
+                "M tokens/s", {"multiprocessing.Pool": reference, "scripts.prepare": ours},
+                args.rounds)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: must be at least 1")
-        for name in ("block_size", "vocab_size"):  # 0 in a run's settings: taken from seq_len and from the data
+        for name in ("block_size", "vocab_size"):  # 0: from a run's seq_len and data
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: must not be negative")
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them (the "
-                            f"head size is n_embd / n_head)")
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                            f"change one of them (the head size is n_embd / n_head)")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: must be at least 0 and below 1")
 

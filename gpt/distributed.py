@@ -1,174 +1,117 @@
-"""Ranks under torchrun: set-up, barriers, small collectives, and errors that name the rank that failed."""
+"""Ranks: the processes that torchrun starts to train one model, and how they talk to each other."""
 
 import contextlib
 import datetime
 import os
-import re
-import time
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed
+from tqdm import tqdm
 
 from gpt.device import select_device
 from gpt.errors import UserError
 
+# Set together by torchrun. A few of them alone are left over from another launcher or a notebook.
+TORCHRUN_VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR",
+                      "MASTER_PORT")
+
 
 @dataclass
-class Distributed:
-    """Rank, world size and device of this process. Without torchrun: rank 0 of 1."""
+class Ranks:
+    """This process among the `world_size` ranks of a run. Without torchrun: rank 0 of 1."""
 
     rank: int
     world_size: int
     device: torch.device
-    rank_timeout: float = 600  # seconds
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)
+    control_group: Any = None  # gloo, on the CPU, for everything but gradients
     launcher: int = 0  # process id of torchrun
-    control_group: Any = None  # gloo, for everything but gradients
-    barrier_group: Any = None  # gloo, for `wait` alone: a collective that times out breaks its group
 
     @property
     def is_master(self) -> bool:
         """Whether this rank prints and writes files."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Wait for all ranks. After `rank_timeout` seconds rank 0 raises an error that names the missing ranks.
+    def print(self, text: str) -> None:
+        """Print a line, on rank 0 only, above the progress bar if there is one."""
+        if self.is_master:
+            with contextlib.suppress(OSError):  # a full disk, a closed terminal: the run goes on
+                tqdm.write(text)
+                sys.stdout.flush()
 
-        Call it before a collective, in which one hung rank would hang all others.
-        """
+    def barrier(self) -> None:
+        """Wait for all ranks. Raises RuntimeError with the ranks still missing after `timeout`."""
         if self.world_size > 1:
             if os.getppid() != self.launcher:
-                raise UserError("torchrun has exited: rerun the same command to resume from the last checkpoint")
-            torch.distributed.monitored_barrier(self.barrier_group, datetime.timedelta(seconds=self.rank_timeout),
+                raise UserError("torchrun has exited: rerun the same command to resume")
+            torch.distributed.monitored_barrier(self.control_group, self.timeout,
                                                 wait_all_ranks=True)
 
-    def gather(self, values: torch.Tensor) -> list[list[float]]:
-        """Return the `values` (n,) of all ranks as world_size lists, on every rank. Synchronizes with the device."""
-        if self.world_size == 1:
-            return [values.tolist()]
-        self.wait()  # before values.cpu(), which waits for the device and so for collectives with other ranks
-        values = values.cpu()
-        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, values, self.control_group)
-        return [row.tolist() for row in gathered]
+    def mean(self, *values: torch.Tensor | float) -> list[float]:
+        """Return each of the `values` (scalars) averaged over all ranks, on every rank.
+
+        Waits for the device and for all ranks.
+        """
+        self.barrier()  # before float(), which waits for the device: it hangs with a hung rank
+        means = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(means, group=self.control_group)
+            means /= self.world_size
+        return means.tolist()
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's `value` (plain Python values) on every rank."""
+        """Return rank 0's `value`, made of plain Python values, on every rank."""
         values = [value]
         if self.world_size > 1:
-            self.wait()
             torch.distributed.broadcast_object_list(values, 0, self.control_group)
         return values[0]
 
-    def assert_same(self, values: dict[str, Any], advice: str, group: str = "") -> None:
-        """Raise UserError with rank, name and `advice` if two ranks of the same `group` have different `values`."""
-        if self.world_size == 1:
-            return
-        gathered: list[Any] = [None] * self.world_size
-        self.wait()
-        torch.distributed.all_gather_object(gathered, (group, values), self.control_group)
-        first: dict[str, int] = {}  # lowest rank of each group
-        for rank, (rank_group, rank_values) in enumerate(gathered):
-            other = first.setdefault(rank_group, rank)
-            for name, value in rank_values.items():
-                if value != (expected := gathered[other][1].get(name)):
-                    raise UserError(f"rank {rank} has {name} {value}, rank {other} has {expected}: {advice}")
+    def assert_equal(self, values: dict[str, Any]) -> None:
+        """Raise UserError with the name of the first of the `values` that differs from rank 0's."""
+        for name, expected in self.broadcast(values).items():
+            if values.get(name) != expected:
+                raise UserError(f"rank {self.rank} has {name} {values.get(name)}, rank 0 has "
+                                f"{expected}: start all ranks with the same flags, the same data "
+                                f"and one log_dir that all of them see")
 
 
 @contextlib.contextmanager
-def init_distributed(device: str, rank_timeout: float) -> Iterator[Distributed]:
-    """Select this rank's device and, under torchrun, initialize the process group: NCCL on CUDA, gloo on the CPU.
+def init_ranks(device: str, rank_timeout: float) -> Iterator[Ranks]:
+    """Select this process's device and, under torchrun, join the other ranks: over NCCL on CUDA
+    GPUs, one for each rank, and over gloo on CPUs.
 
-    device: see `gpt.device.select_device`. rank_timeout: seconds that ranks wait for one another. If several ranks
-    fail, the first raises its exception and the others exit silently. Raises UserError if the device is not available.
+    device: see `gpt.device.select_device`. rank_timeout: seconds that ranks wait for one another.
     """
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        yield Distributed(rank, world_size, select_device(device))
-        return
-    rank_device, launcher = select_rank_device(device, local_rank, world_size), os.getppid()
-    rank_timeout = min(rank_timeout, 1e8)
-    store = None
-    try:
-        store = next(torch.distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=rank_timeout)))[0]
-        # torchrun keeps one store for all restarts, with the addresses of dead processes in it.
-        store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        store.set(f"rank {rank}", "")
-        store.wait([f"rank {r}" for r in range(world_size)], datetime.timedelta(seconds=rank_timeout))
-    except torch.distributed.DistError as error:
-        if store is None:
-            raise UserError(f"rendezvous of {world_size} ranks at {os.environ.get('MASTER_ADDR')}:"
-                            f"{os.environ.get('MASTER_PORT')} failed ({str(error).splitlines()[0]}): check that rank 0 "
-                            f"runs there") from None
-        missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
-        raise UserError(f"rank {', '.join(missing)} of {world_size} did not start within {rank_timeout:g} s: check its "
-                        f"machine or raise --rank_timeout") from None
-    is_cuda = rank_device.type == "cuda"
-    dist = Distributed(rank, world_size, rank_device, rank_timeout, launcher)
-    try:
-        # NCCL kills the process when a collective times out: rank 0 must name the hung rank before that.
-        torch.distributed.init_process_group(
-            "nccl" if is_cuda else "gloo", store=store, rank=rank, world_size=world_size,
-            timeout=datetime.timedelta(seconds=rank_timeout + (60 if is_cuda else 0)),
-            device_id=rank_device if is_cuda else None)
-        dist.control_group, dist.barrier_group = (
-            torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=rank_timeout + extra))
-            for extra in (0, 10))
-        yield dist
-    except Exception as error:
-        if (to_raise := first_failure(error, dist, store)) is error:
-            raise
-        raise to_raise from None
-    torch.distributed.destroy_process_group()
-
-
-def select_rank_device(device: str, local_rank: int, world_size: int) -> torch.device:
-    """Return the device of a rank on this machine. Raises UserError if there is no GPU left or it cannot be shared."""
     selected = select_device(device)
-    if device == "auto" and selected.type == "mps":
-        return torch.device("cpu")
-    if selected.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU (this machine has {torch.cuda.device_count()}): "
-                            f"use --nproc_per_node={torch.cuda.device_count()}")
-        selected = torch.device("cuda", local_rank)
+    under_torchrun = all(os.environ.get(name) for name in TORCHRUN_VARIABLES)
+    if not under_torchrun or os.environ["WORLD_SIZE"] == "1":
+        yield Ranks(0, 1, selected)
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    is_cuda = selected.type == "cuda"
+    if is_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU: pass "
+                        f"--nproc_per_node={torch.cuda.device_count()}, the number of GPUs")
+    selected = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
+    if is_cuda:
         torch.cuda.set_device(selected)
-    elif selected.type != "cpu":
-        raise UserError(f"device {device!r} cannot be shared by {world_size} processes: use cuda or cpu")
-    return selected
-
-
-def first_failure(error: Exception, dist: Distributed, store: torch.distributed.Store) -> BaseException:
-    """Return the exception to raise for `error`: itself, or a UserError that names the ranks that do not answer.
-
-    If another rank failed first, return SystemExit, which prints nothing.
-    """
-    lost_contact = isinstance(error, torch.distributed.DistError) or isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier"))
-    if lost_contact and dist.barrier_group and "monitoredBarrier" not in str(error):
-        try:  # a collective does not say which rank is missing
-            torch.distributed.monitored_barrier(dist.barrier_group, datetime.timedelta(seconds=10), wait_all_ranks=True)
-        except RuntimeError as barrier_error:
-            error = barrier_error
-    silent = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error)) or re.search(
-        r"while waiting for send/recv from rank (0)", str(error))
-    if dist.rank > 0:
-        time.sleep(0.5)  # if all ranks fail, rank 0 reports it
-    try:
-        is_first = store.add("failures", 1) == 1
-    except torch.distributed.DistError:  # torchrun has exited, and its store with it
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    time.sleep(1 if is_first else 2)  # rank 0 may host the store; and the first error is printed before others exit
-    if not is_first:
-        return SystemExit(1)
-    if silent:
-        return UserError(f"rank {silent[1].strip(', ')} of {dist.world_size} does not answer (died, or hung for "
-                         f"{dist.rank_timeout:g} s, --rank_timeout): rerun the same command to resume from the last "
-                         f"checkpoint")
-    if lost_contact:
-        return UserError(f"lost contact with another rank ({' '.join(str(error).split())[:200]}): rerun the same "
-                         f"command to resume from the last checkpoint")
-    return error
+    timeout = datetime.timedelta(seconds=rank_timeout)
+    store = next(torch.distributed.rendezvous("env://", timeout=timeout))[0]
+    # torchrun keeps one store for all restarts, with the addresses of dead processes in it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+    # NCCL kills a process that waits too long, so the barrier must name the hung rank before that.
+    torch.distributed.init_process_group(
+        "nccl" if is_cuda else "gloo", store=store, rank=rank, world_size=world_size,
+        timeout=timeout + datetime.timedelta(seconds=60 if is_cuda else 0),
+        device_id=selected if is_cuda else None)
+    control_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    ranks = Ranks(rank, world_size, selected, timeout, control_group, os.getppid())
+    yield ranks
+    ranks.barrier()  # torchrun stops all ranks as soon as one exits with an error
+    torch.distributed.destroy_process_group()

@@ -1,13 +1,10 @@
-"""The exception for user errors, and the error numbers of a full disk."""
-
-import errno
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, quota exceeded, file size limit
+"""The exception for user errors."""
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message says what is wrong, with the value, and what to do.
+    """An error that the user can fix: the message says what is wrong, with the value, and what to
+    do.
 
-    Commands print the message as one line and exit with status 2. Any other exception is a bug or an unexpected
-    machine failure and keeps its traceback.
+    Commands print the message as one line and exit with status 2. Any other exception is a bug or
+    an unexpected machine failure and keeps its traceback.
     """

@@ -7,11 +7,11 @@ import re
 import socket
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from gpt.errors import UserError
 
@@ -20,9 +20,10 @@ from gpt.errors import UserError
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a file for writing bytes; it appears as `path` when the block ends without an exception.
 
-    The bytes go to `.<name>.tmp` in the same folder, are synced to disk, and replace `path` in one step (`os.replace`):
-    a crash leaves the old file or the new one. An exception in the block removes the temporary file; a killed process
-    leaves it for `run_lock` to remove. An OSError, for example on a full disk, names `path`.
+    The bytes go to `.<name>.tmp` in the same folder, are synced to disk, and replace `path` in one
+    step (`os.replace`): a crash leaves the old file or the new one. An exception in the block
+    removes the temporary file; the next write replaces that of a killed process. An OSError, for
+    example on a full disk, names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -37,7 +38,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
-    if os.name == "posix":  # the rename must survive a power failure, too; Windows cannot open a folder
+    if os.name == "posix":  # the rename must survive a power failure; Windows opens no folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -61,19 +62,27 @@ def read_json(path: Path, description: str) -> dict:
     return content
 
 
+def parse_record(line: bytes) -> dict | None:
+    """Return the record in a line of a metrics.jsonl; None if the line is damaged, as the last one
+    of a killed run can be."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    value = {"train": "loss", "val": "loss", "hellaswag": "acc"}.get(str(record.get("split")))
+    if value and not isinstance(record.get(value), int | float):
+        return None
+    return record
+
+
 def read_metrics(path: str | Path) -> list[dict]:
-    """Return the records of a metrics.jsonl; skip broken lines, such as the last one of a killed run."""
-    records = []
-    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "split" in record and all(isinstance(record.get(key), int | float) for key in (
-                "step", "acc" if record["split"] == "hellaswag" else "loss")):
-            records.append(record)
-    return records
+    """Return the records of a metrics.jsonl, [] if there is none."""
+    if not Path(path).exists():
+        return []
+    with open(path, "rb") as file:
+        return [record for line in file if (record := parse_record(line))]
 
 
 def save_pt(path: Path, content: dict) -> None:
@@ -86,14 +95,16 @@ def save_pt(path: Path, content: dict) -> None:
     try:
         with atomic_write(path) as file:
             torch.save(to_cpu(content), file)
-    except RuntimeError as error:  # torch.save hides an OSError behind an error about file positions
-        if isinstance(error.__context__, OSError):
-            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
-        raise
+    except RuntimeError as error:  # torch.save covers an OSError with errors of its own
+        cause: BaseException = error
+        while cause.__context__:
+            cause = cause.__context__
+        raise cause from None
 
 
 def to_cpu(value: Any) -> Any:
-    """Return `value` with every tensor in its dictionaries and lists on the CPU, so that any machine can load it."""
+    """Return `value` with all tensors in its dictionaries and lists on the CPU, so that any machine
+    can load it."""
     if hasattr(value, "detach"):  # a tensor
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -104,9 +115,11 @@ def to_cpu(value: Any) -> Any:
 
 
 def load_pt(path: Path) -> dict:
-    """Return the content of a file written by `save_pt`, with its checksums verified: `torch.load` does not.
+    """Return the content of a file written by `save_pt`, with its checksums verified: `torch.load`
+    does not.
 
-    Raises UserError for a file that is missing, damaged, or not a dictionary of tensors and plain values.
+    Raises UserError for a file that is missing, damaged, or not a dictionary of tensors and plain
+    values.
     """
     import torch
 
@@ -114,45 +127,77 @@ def load_pt(path: Path) -> dict:
         raise UserError(f"no checkpoint {str(path)!r}: pass the path of a model_<step>.pt file")
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-            # A flipped bit can mark an entry as a folder, for which torch.load returns uninitialized memory.
-            # torch.save leaves these attributes 0.
-            broken = broken or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
-        if broken:
-            raise UserError(f"{path} is damaged (bad entry {broken})")
+            # torch.save never compresses: a small file could unpack to gigabytes. Nor does it set
+            # attributes: for an entry marked as a folder torch.load returns uninitialized memory.
+            unusual = [entry.filename for entry in archive.infolist()
+                       if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr]
+            damaged = unusual[0] if unusual else archive.testzip()
+        if damaged:
+            raise ValueError(f"bad entry {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
     except Exception as error:  # a truncated or malicious file can raise anything
-        reason = re.split(r"\. |\n", str(error))[0][:120]  # without PyTorch's advice to load it unsafely
+        reason = re.split(r"\. |\n", str(error))[0][:120]  # without advice to load it unsafely
         raise UserError(f"{path} is damaged or not a .pt file ({reason})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
 
 
 @contextlib.contextmanager
-def run_lock(folder: str | Path, setting: str = "log_dir") -> Iterator[None]:
-    """Hold the lock of `folder`, the value of `setting`, and delete temporary files of killed processes in it.
+def run_lock(folder: str | Path, setting: str = "log_dir") -> Iterator[Callable[[], None]]:
+    """Hold the lock of `folder`, the value of `setting`, and create the folder if it is missing.
 
-    The system releases the lock when the process ends, however it ends. Raises UserError that names the owner if
-    another process holds the lock.
+    Yields a function to call before writing to the folder: it raises UserError if the folder has
+    been moved, removed or replaced since. The system releases the lock when the process ends,
+    however it ends. Raises UserError if another process holds it or the folder is not writable.
     """
-    path, owner_file = Path(folder) / ".lock", Path(folder) / ".lock_holder"
-    lock = FileLock(path)
+    folder = Path(folder)
+    owner_file = folder / ".lock_owner"
+    owner = f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}"
+    is_new = not folder.exists()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(folder)
+        owner_file.write_text(owner)
+    except Timeout:
+        holder = owner_file.read_text() if owner_file.exists() else "another process"
+        raise UserError(f"{setting} {str(folder)!r} is in use by {holder}: wait for that run, stop "
+                        f"it, or pass another --{setting}") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {setting} {str(folder)!r} ({error.strerror}): pass "
+                        f"another --{setting}") from None
+
+    def is_held() -> bool:
+        try:
+            return owner_file.read_text() == owner
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def assert_held() -> None:
+        if not is_held():
+            raise UserError(f"{setting} {str(folder)!r} was moved, removed or replaced: stopped "
+                            f"without writing to it; to resume, pass the folder's new path")
+
+    try:
+        yield assert_held
+    finally:
+        if is_held():
+            for file in (owner_file, folder / ".lock", folder / ".soft_lock"):
+                file.unlink(missing_ok=True)
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # it has files
+                folder.rmdir()
+
+
+def acquire_lock(folder: Path) -> BaseFileLock:
+    """Return the acquired lock of `folder`. Raises `filelock.Timeout` if another process has it."""
+    try:
+        lock: BaseFileLock = FileLock(folder / ".lock")
         lock.acquire(timeout=2)  # a process that is being killed may still hold it
     except Timeout:
-        owner = owner_file.read_text().strip() if owner_file.exists() else "another process"
-        raise UserError(f"{setting} {str(folder)!r} is in use by {owner}: wait for that run, stop it, or pass another "
-                        f"--{setting}") from None
-    try:
-        owner_file.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}\n")
-        for temporary in Path(folder).glob(".*.tmp"):
-            temporary.unlink()
-        yield
-    finally:
-        for file in (owner_file, path):
-            with contextlib.suppress(OSError):  # Windows keeps open files
-                file.unlink()
-        lock.release()
+        raise
+    except OSError:  # some network file systems have no locks: mark the folder with a file instead
+        lock = SoftFileLock(folder / ".soft_lock")
+        lock.acquire(timeout=2)
+    return lock

@@ -1,13 +1,15 @@
 """HellaSwag (Zellers et al. 2019): choose which of four endings continues a text.
 
-Completion style: each ending is appended to the context after a space, and the model chooses the ending with the
-smallest negative log-likelihood (NLL), summed over its tokens (`acc`) or averaged (`acc_norm`). On the 10,042 examples
-of the validation split GPT-2 124M reaches acc 0.2859 and acc_norm 0.2955, GPT-2 XL 0.3842 and 0.4893; chance is 0.25.
-lm-evaluation-harness puts the topic before the context and averages over bytes, so its numbers differ.
+Completion style: each ending is appended to the context after a space, and the model chooses the
+ending with the smallest negative log-likelihood (NLL), summed over its tokens (`acc`) or averaged
+(`acc_norm`). On the 10,042 examples of the validation split GPT-2 124M reaches acc 0.2859 and
+acc_norm 0.2955, GPT-2 XL 0.3842 and 0.4893; chance is 0.25. lm-evaluation-harness puts the topic
+before the context and averages over bytes, so its numbers differ.
 
-The usual implementation runs the model once per ending, with logits at every position. Here one row packs the context
-and its four endings: each ending keeps the positions it would have alone, and a mask lets it attend only to the context
-and itself. Rows of similar length share a batch, and the LM head runs only on positions that predict ending tokens.
+The usual implementation runs the model once per ending, with logits at every position. Here one row
+packs the context and its four endings: each ending keeps the positions it would have alone, and a
+mask lets it attend only to the context and itself. Rows of similar length share a batch, and the LM
+head runs only on positions that predict ending tokens.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from gpt.config import GPTConfig
-from gpt.distributed import Distributed
+from gpt.distributed import Ranks
 from gpt.errors import UserError
 from gpt.loss import token_losses
 from gpt.model import GPT
@@ -50,21 +52,28 @@ def load_examples(data: str | None = None, limit: int = 0) -> list[Example]:
     source, examples = data or "Rowan/hellaswag", []
     try:
         for record in itertools.islice(read_records(data), limit or None):
-            example = Example(record["ctx"], list(record["endings"]), int(record["label"]))  # labels on the hub are str
+            # Labels on the hub are str.
+            example = Example(record["ctx"], list(record["endings"]), int(record["label"]))
             texts = [example.context, *example.endings]
-            if len(texts) != 5 or example.label not in range(4) or not all(isinstance(t, str) and t for t in texts):
-                raise ValueError(f"{len(example.endings)} endings, label {example.label}, or an empty text")
+            has_texts = len(texts) == 5 and all(isinstance(text, str) and text for text in texts)
+            if not has_texts or example.label not in range(4):
+                raise ValueError(f"{len(example.endings)} endings, label {example.label}, "
+                                 f"or an empty text")
             examples.append(example)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"example {len(examples) + 1} of {source} is invalid ({error!r}): expected a context `ctx`, "
-                        f"four `endings` and a `label` from 0 to 3") from None
+        raise UserError(f"example {len(examples) + 1} of {source} is invalid ({error!r}): expected "
+                        f"a context `ctx`, four `endings` and a `label` from 0 to 3") from None
     if not examples:
-        raise UserError(f"HellaSwag data {source} has no examples: expected one JSON object per line")
+        raise UserError(f"HellaSwag data {source} has no examples: "
+                        f"expected one JSON object per line")
     return examples
 
 
 def read_records(data: str | None) -> Iterable[dict]:
-    """Return the records of a .jsonl file or, if None, of the hub's split. Raises UserError if they cannot be read."""
+    """Return the records of a .jsonl file or, if None, of the hub's split.
+
+    Raises UserError if they cannot be read.
+    """
     try:
         if data is None:
             import datasets  # takes seconds
@@ -72,36 +81,44 @@ def read_records(data: str | None) -> Iterable[dict]:
         lines = Path(data).read_text("utf-8-sig").split("\n")
     except Exception as error:  # the disk, the network or the hub
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"HellaSwag data {data or 'Rowan/hellaswag'} cannot be read ({reason}): pass the path of "
-                        f"hellaswag_val.jsonl as --data (in training: --hellaswag_data)") from None
+        raise UserError(f"HellaSwag data {data or 'Rowan/hellaswag'} cannot be read ({reason}): "
+                        f"pass the path of hellaswag_val.jsonl as --data (in training: "
+                        f"--hellaswag_data)") from None
     return (json.loads(line) for line in lines if line.strip())
 
 
-def pack_example(index: int, example: Example, tokenizer: Tokenizer, config: GPTConfig) -> list[torch.Tensor]:
-    """Return the example's rows: one for all four endings or, if an ending does not fit into block_size, one for each.
+def pack_example(index: int, example: Example, tokenizer: Tokenizer,
+                 config: GPTConfig) -> list[torch.Tensor]:
+    """Return the example's rows: one for all four endings or, if an ending does not fit
+    into block_size, one for each.
 
-    Each row is (T, 4) int64: input token, position, segment id, target token. The segment id is 0 in the context and
-    1 + 4 * index + i where ending i is predicted, from the context's last token on, which is repeated for every ending.
-    Texts that do not fit are truncated on the left. Raises UserError for tokens outside the model's vocabulary.
+    Each row is (T, 4) int64: input token, position, segment id, target token. The segment id is 0
+    in the context and 1 + 4 * index + i where ending i is predicted, from the context's last token
+    on, which is repeated for every ending. Texts that do not fit are truncated on the left. Raises
+    UserError for tokens outside the model's vocabulary.
     """
     context = tokenizer.encode(example.context)
     endings = [tokenizer.encode(" " + ending) for ending in example.endings]
     if (largest := max(map(max, [context, *endings]))) >= config.vocab_size:
-        raise UserError(f"HellaSwag has token id {largest}, but the model's vocabulary has {config.vocab_size} tokens: "
-                        f"use a model with the full vocabulary of its tokenizer")
+        raise UserError(f"HellaSwag has token id {largest}, but the model's vocabulary has "
+                        f"{config.vocab_size} tokens: use a model with the full vocabulary of its "
+                        f"tokenizer")
     fits = len(context) + max(map(len, endings)) - 1 <= config.block_size
     rows: list[list[tuple]] = []
     for i, ending in enumerate(endings):
         tokens = (context + ending)[-config.block_size - 1:]
-        begin = max(len(tokens) - 1 - len(ending), 0)  # the first position that predicts a token of the ending
+        # The first position that predicts a token of the ending.
+        begin = max(len(tokens) - 1 - len(ending), 0)
         if i == 0 or not fits:
             rows.append([(tokens[t], t, 0, 0) for t in range(begin)])
-        rows[-1] += [(tokens[t], t, 1 + 4 * index + i, tokens[t + 1]) for t in range(begin, len(tokens) - 1)]
+        rows[-1] += [(tokens[t], t, 1 + 4 * index + i, tokens[t + 1])
+                     for t in range(begin, len(tokens) - 1)]
     return [torch.tensor(row) for row in rows]
 
 
 def token_nlls(model: GPT, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the NLL in nats of each ending's tokens in a batch of packed rows, and their segment ids; both (N,)."""
+    """Return the NLL in nats of each ending's tokens in a batch of packed rows,
+    and their segment ids; both (N,)."""
     batch = pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
     idx, positions, segment_ids, targets = batch.unbind(2)  # each (B, T); padding has segment id 0
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]
@@ -115,11 +132,15 @@ def token_nlls(model: GPT, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torc
 @torch.no_grad()
 def score_endings(model: GPT, tokenizer: Tokenizer, examples: list[Example],
                   batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield after each batch the summed NLL of each ending's tokens, in nats, and their number; both (examples, 4).
+    """Yield after each batch the summed NLL of each ending's tokens, in nats, and their number;
+    both (examples, 4).
 
-    Endings that are not scored yet have 0 tokens. batch_tokens: positions per batch, including padding.
+    Endings that are not scored yet have 0 tokens.
+    batch_tokens: positions per batch, including padding.
     """
-    rows = [row for i, example in enumerate(examples) for row in pack_example(i, example, tokenizer, model.config)]
+    rows: list[torch.Tensor] = []
+    for i, example in enumerate(examples):
+        rows += pack_example(i, example, tokenizer, model.config)
     rows.sort(key=len, reverse=True)
     sums, counts = torch.zeros(2, 1 + 4 * len(examples))  # by segment id
     while rows:
@@ -132,19 +153,25 @@ def score_endings(model: GPT, tokenizer: Tokenizer, examples: list[Example],
 
 
 def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example],
-                       autocast: contextlib.AbstractContextManager, dist: Distributed, batch_tokens: int,
-                       show_bar: bool = False, stopped: Callable[[], bool] = lambda: False) -> dict | None:
-    """Return `acc` and `acc_norm` over the `examples`, split across ranks, with standard errors of a proportion.
+                       autocast: contextlib.AbstractContextManager, ranks: Ranks,
+                       show_bar: bool = False,
+                       stopped: Callable[[], bool] = lambda: False) -> dict | None:
+    """Return `acc` and `acc_norm` over the `examples`, split across ranks, with standard errors of
+    a proportion.
 
-    Return None if `stopped`, called after each batch, is true on any rank. Call it with the uncompiled model.
+    Return None if `stopped`, called after each batch, is true on any rank. Call it with the
+    uncompiled model.
     """
     was_training = model.training
     model.eval()
-    local_examples = examples[dist.rank::dist.world_size]
+    local_examples = examples[ranks.rank::ranks.world_size]
+    batch_tokens = BATCH_TOKENS[ranks.device.type]
     labels = torch.tensor([example.label for example in local_examples])
     correct = torch.zeros(2, dtype=torch.int64)
-    no_bar = None if show_bar and dist.is_master else True  # None: off unless stderr is a terminal
-    with autocast, tqdm(total=len(labels), unit="example", disable=no_bar, dynamic_ncols=True, leave=None) as bar:
+    # None: off unless stderr is a terminal.
+    no_bar = None if show_bar and ranks.is_master else True
+    with autocast, tqdm(total=len(labels), unit="example", disable=no_bar, dynamic_ncols=True,
+                        leave=None) as bar:
         for sums, counts in score_endings(model, tokenizer, local_examples, batch_tokens):
             is_scored = (counts > 0).all(1)
             choices = torch.stack([sums, sums / counts]).argmin(2)  # (2, examples)
@@ -155,11 +182,11 @@ def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example]
             if stopped():
                 break
     model.train(was_training)
-    gathered = dist.gather(torch.tensor([*correct.tolist(), len(labels), stopped()]))
-    n_acc, n_acc_norm, n, n_stopped = map(sum, zip(*gathered, strict=True))
+    n_acc, n_acc_norm, n, n_stopped = ranks.mean(*correct, len(labels), stopped())
     if n_stopped:
         return None
-    result: dict = {"examples": n}
+    result: dict = {"examples": len(examples)}
     for name, p in (("acc", n_acc / n), ("acc_norm", n_acc_norm / n)):
-        result |= {name: p, f"{name}_stderr": math.sqrt(p * (1 - p) / max(n - 1, 1))}
+        stderr = math.sqrt(p * (1 - p) / max(len(examples) - 1, 1))
+        result |= {name: p, f"{name}_stderr": stderr}
     return result

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Tokens per chunk: 1,024 x 50,257 logits in bfloat16 and in float32 take 0.3 GB. Smaller chunks are slower, on CPUs
-# too, because their matmuls read the LM head more often.
+# Tokens per chunk: 1,024 x 50,257 logits in bfloat16 and in float32 take 0.3 GB. Smaller chunks are
+# slower, on CPUs too, because their matmuls read the LM head more often.
 TOKEN_CHUNK = 1024
 
 
-def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy, in nats per token, of the logits `x @ weight.T` against `targets`; a scalar.
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor,
+                         targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy, in nats per token, of the logits `x @ weight.T`
+    against `targets`; a scalar.
 
     x: (N, C) hidden states, weight: (V, C) of the LM head, targets: (N,) int64 below V.
     """
-    # Checked here: inside the Function gradients are always off, and needs_input_grad ignores torch.no_grad().
+    # Checked here: inside the Function gradients are always off,
+    # and needs_input_grad ignores torch.no_grad().
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return TokenChunkedCrossEntropy.apply(x, weight, targets)
     return token_losses(x, partial(F.linear, weight=weight), targets).mean()
@@ -26,26 +29,34 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 @torch.no_grad()
 def token_losses(x: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor],
                  targets: torch.Tensor) -> torch.Tensor:
-    """Return each token's cross-entropy in nats, (N,) float32; `lm_head` maps hidden states `x` (N, C) to logits."""
+    """Return each token's cross-entropy in nats, (N,) float32;
+    `lm_head` maps hidden states `x` (N, C) to logits."""
+    chunks = zip(x.split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True)
     return torch.cat([F.cross_entropy(lm_head(x_chunk).float(), target, reduction="none")
-                      for x_chunk, target in zip(x.split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True)])
+                      for x_chunk, target in chunks])
 
 
 class TokenChunkedCrossEntropy(torch.autograd.Function):
-    """Compute both gradients in the forward pass, chunk by chunk, so that logits are neither saved nor recomputed.
+    """Compute both gradients in the forward pass, chunk by chunk,
+    so that logits are neither saved nor recomputed.
 
-    The gradient of a token's loss with respect to its logits is softmax(logits) - onehot(target). Matmuls run in
-    autocast's dtype, everything else in float32.
+    The gradient of a token's loss with respect to its logits is softmax(logits) - onehot(target).
+    Matmuls run in autocast's dtype, everything else in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor,
+                targets: torch.Tensor) -> torch.Tensor:
         device_type, V = x.device.type, len(weight)
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        # Matmuls are faster, on tensor cores and on CPUs, if rows of logits are aligned to 128 bytes.
+        is_autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_autocast else x.dtype
+        # Matmuls are faster, on tensor cores and on CPUs,
+        # if rows of logits are aligned to 128 bytes.
         padded = F.pad(weight.to(dtype), (0, 0, 0, -V % 64))
         loss, grad_x, grad_weight = x.new_zeros(()), [], torch.zeros_like(weight)
-        for x_chunk, target in zip(x.to(dtype).split(TOKEN_CHUNK), targets[:, None].split(TOKEN_CHUNK), strict=True):
+        x_chunks = x.to(dtype).split(TOKEN_CHUNK)
+        target_chunks = targets[:, None].split(TOKEN_CHUNK)
+        for x_chunk, target in zip(x_chunks, target_chunks, strict=True):
             logits = F.linear(x_chunk, padded)  # (chunk, V rounded up to 64)
             logits[:, V:] = -torch.inf
             log_p = logits.log_softmax(1, dtype=torch.float32)

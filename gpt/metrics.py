@@ -1,13 +1,13 @@
-"""A run's log: console lines or a progress bar, metrics.jsonl, samples.txt, TensorBoard, Weights & Biases."""
+"""A run's log: console lines or a progress bar, metrics.jsonl, samples.txt, TensorBoard, W&B."""
 
 import importlib
 import json
 import math
 import os
-import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,258 +15,252 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from gpt.dataloader import DataLoaderLite
-from gpt.device import DTYPES
 from gpt.diagnostics import diagnose
-from gpt.distributed import Distributed
+from gpt.distributed import Ranks
 from gpt.errors import UserError
-from gpt.files import atomic_write, read_metrics
-from gpt.flops import flops_per_token, peak_flops
-from gpt.model import GPT
+from gpt.files import atomic_write, parse_record
 
-SAMPLE_HEADER = re.compile(r"^--- sample at step (\d+) ---$", re.MULTILINE)
+MAX_TRAIN_RECORDS = 1000  # kept in memory, for diagnostics
 
 
+@dataclass
 class RunLog:
-    """Logs a run and keeps the records of its evaluations, which rank 0 reads from metrics.jsonl when a run resumes.
+    """Logs a run and remembers what has been evaluated: a resumed run reads it from metrics.jsonl.
 
-    All ranks call every method and hold the same evaluations; only rank 0 prints and writes. On a terminal, a progress
-    bar replaces the step lines.
+    All ranks call every method and hold the same evaluations; only rank 0 prints, reads and writes.
+    On a terminal, a progress bar replaces the step lines.
     """
 
-    def __init__(self, config: Any, dist: Distributed):
-        self.config, self.folder, self.dist = config, Path(config.log_dir), dist
-        self.path, self.samples_path = self.folder / "metrics.jsonl", self.folder / "samples.txt"
-        self.bar: tqdm | None = None
-        self.size, self.pending_lines = 0, ""  # bytes in metrics.jsonl, and lines not written yet
-        self.train: list[dict] = []  # the newest records of the split
-        self.evaluations: list[dict] = []  # all of val, hellaswag and samples
+    folder: Path
+    ranks: Ranks
+    assert_held: Callable[[], None]  # see `gpt.files.run_lock`
+    start_step: int
+    max_steps: int
+    log_every: int
+    patience: int
+    warmup_steps: int
+    vocab_size: int
+    step_tokens: int
+    epoch_tokens: int
+    peak_seconds: float  # duration of a step at the peak FLOP/s of all devices
+
+    def __post_init__(self) -> None:
+        self.path = self.folder / "metrics.jsonl"
+        self.train_records: list[dict] = []  # the newest ones
+        self.evaluations: list[dict] = []  # all others
         self.warned: set[str] = set()
-        self.patience = 0
+        self.line_break = ""  # ends a line that could only be written in part
+        self.bar: tqdm | None = None
         self.writer: Any = None  # TensorBoard's
         self.wandb: Any = None
+        if self.ranks.is_master and self.path.exists():
+            self._read_records()
+        self.evaluations = self.ranks.broadcast(self.evaluations)
 
-    def start(self, step: int, config: Any, settings: dict, model: GPT, train_loader: DataLoaderLite) -> None:
-        """Open the log of a run at `step` and delete what a killed run logged after its last checkpoint.
+    def _read_records(self) -> None:
+        """Read metrics.jsonl up to `start_step` and cut off what a killed run has logged later."""
+        end = 0
+        with open(self.path, "rb") as file:
+            for line in file:  # one at a time: the file can be long
+                record = parse_record(line)
+                if record is None:
+                    continue
+                if record["step"] >= self.start_step + (record["split"] != "train"):
+                    break
+                self._remember(record)
+                end = file.tell()
+        if end < self.path.stat().st_size:
+            os.truncate(self.path, end)
 
-        config: the resolved `scripts.train.TrainConfig`; settings: the same as plain values, for config.yaml. Raises
-        UserError if TensorBoard or Weights & Biases is requested but cannot be used.
-        """
-        dist = self.dist
-        self.config, self.first_step, self.patience = config, step, config.patience
-        self.vocab_size = model.config.vocab_size
-        self.epoch_tokens = train_loader.n_sequences * config.seq_len
-        step_tokens = config.total_batch_size
-        self.step_flops = step_tokens * flops_per_token(model.config, model.num_parameters(), config.seq_len)
-        peak, source = peak_flops(dist.device, DTYPES[config.precision])
-        self.peak_flops = peak * dist.world_size
-        self.print(f"{model.num_parameters():,} parameters, {config.precision}, a step is "
-                   f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} tokens"
-                   + (f" on each of {dist.world_size} ranks" if dist.world_size > 1 else "")
-                   + f", peak {peak / 1e12:.3g} TFLOP/s for MFU ({source})")
-        if dist.is_master:
-            self._read(step)
-            if step < config.max_steps and not self.out_of_patience:
-                with atomic_write(self.folder / "config.yaml") as file:
-                    file.write(yaml.safe_dump(settings, sort_keys=False).encode())
-                self._start_trackers(step, settings)
-                if sys.stderr.isatty():  # the bar goes to stderr, lines go to stdout
-                    self.bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True)
-        self.evaluations = dist.broadcast(self.evaluations)
-        if config.compile and step < config.max_steps and not self.out_of_patience:
-            self.print("compiling the model in the first step (takes a minute or more)")
+    def _remember(self, record: dict) -> None:
+        if record["split"] == "train":
+            self.train_records.append(record)
+            del self.train_records[:-MAX_TRAIN_RECORDS]
+        else:
+            self.evaluations.append(record)
 
-    def _read(self, step: int) -> None:
-        """Load the records of a run that resumes at `step` and delete later ones from metrics.jsonl and samples.txt."""
-        records = read_metrics(self.path)
-        kept = [r for r in records if r["step"] < step + (r["split"] != "train")]
-        if kept != records or not self.path.exists() or not self.path.read_bytes().endswith(b"}\n"):
-            with atomic_write(self.path) as file:
-                file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-        self.size = self.path.stat().st_size
-        self.train = [record for record in kept if record["split"] == "train"]
-        self.evaluations = [record for record in kept if record["split"] != "train"]
-        if self.samples_path.exists():
-            text = self.samples_path.read_text(encoding="utf-8", errors="replace")
-            later = [match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) > step]
-            if later:
-                text = text[:later[0]]
-                with atomic_write(self.samples_path) as file:
-                    file.write(text.encode())
-            self.evaluations += [{"split": "samples", "step": int(number)} for number in SAMPLE_HEADER.findall(text)]
+    def _split(self, split: str) -> list[dict]:
+        return [record for record in self.evaluations if record["split"] == split]
 
-    @property
-    def val_losses(self) -> list[float]:
-        """The validation losses so far, in nats per token."""
-        return [record["loss"] for record in self.evaluations if record["split"] == "val"]
+    def is_logged(self, split: str, step: int) -> bool:
+        """Return whether `split` ("val", "samples" or "hellaswag") was evaluated after `step`."""
+        return any(record["step"] == step for record in self._split(split))
 
     @property
     def best_loss(self) -> float:
-        """The lowest validation loss so far; infinity before the first validation."""
-        return min(self.val_losses, default=math.inf)
+        """The lowest validation loss so far, in nats per token; infinity before the first one."""
+        return min((record["loss"] for record in self._split("val")), default=math.inf)
 
     @property
-    def out_of_patience(self) -> bool:
-        """Whether the last `patience` validations had no new best loss; never if `patience` is 0."""
-        losses = self.val_losses
+    def should_stop_early(self) -> bool:
+        """Whether the last `patience` validations had no new best loss; never if it is 0."""
+        losses = [record["loss"] for record in self._split("val")]
         if not losses or not self.patience:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
-    def has(self, split: str, step: int) -> bool:
-        """Return whether `split` ("val", "hellaswag" or "samples") has been evaluated after `step` steps."""
-        return any(record["split"] == split and record["step"] == step for record in self.evaluations)
+    def log_start(self, train_config: dict, **environment: Any) -> None:
+        """Write config.yaml, record where the run starts or resumes, and show the progress bar.
 
-    def print(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self.dist.is_master:
-            try:
-                tqdm.write(text)
-                sys.stdout.flush()
-            except OSError:  # a full disk, a closed terminal: a lost line must not end the run
-                pass
+        train_config: the settings as plain values. environment: what the run runs on.
+        """
+        if self.ranks.is_master:
+            with atomic_write(self.folder / "config.yaml") as file:
+                file.write(yaml.safe_dump(train_config, sort_keys=False).encode())
+            # The bar goes to stderr, lines go to stdout. Some terminals have 0 columns.
+            if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
+                self.bar = tqdm(total=self.max_steps, initial=self.start_step, unit="step",
+                                dynamic_ncols=True)
+        self._append("start", self.start_step, environment)
 
-    def progress_bar(self, eval_batches: list) -> Iterable:
-        """Return the batches of a validation, with a separate bar below the run's if there is one."""
-        if self.bar is None:
-            return eval_batches
-        return tqdm(eval_batches, desc="validation", leave=False, dynamic_ncols=True)
-
-    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
-        """Log step number `step` (from 0), which took `seconds`; the loss is from before the update."""
-        c = self.config
-        tokens_per_s, mfu = c.total_batch_size / seconds, self.step_flops / seconds / self.peak_flops
-        memory = {}
-        if self.dist.device.type == "cuda":
-            memory["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.dist.device) / 1e9, 2)
-        epoch = (step + 1) * c.total_batch_size / self.epoch_tokens
-        self._append({"step": step, "split": "train", "loss": loss, "lr": lr,
-                      "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16: a skipped update
-                      "tokens": (step + 1) * c.total_batch_size, "epoch": round(epoch, 4),
-                      "tokens_per_s": round(tokens_per_s, 1), **memory})
+    def log_step(self, step: int, loss: float, lr: float, grad_norm: float,
+                 seconds: float) -> None:
+        """Log step number `step` (from 0), which took `seconds`; the loss is from before its
+        update."""
+        tokens = (step + 1) * self.step_tokens
+        epoch = tokens / self.epoch_tokens
+        tokens_per_s = self.step_tokens / seconds
+        mfu = self.peak_seconds / seconds
+        record = {"loss": loss, "lr": lr,
+                  "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # a skipped update
+                  "tokens": tokens, "epoch": round(epoch, 4),
+                  "tokens_per_s": round(tokens_per_s, 1)}
+        memory = ""
+        if self.ranks.device.type == "cuda":
+            gigabytes = torch.cuda.max_memory_allocated(self.ranks.device) / 1e9
+            record["peak_memory_gb"] = round(gigabytes, 2)
+            memory = f" | peak memory: {gigabytes:.1f} GB"
+        self._append("train", step, record)
         if self.bar is not None:
-            val = f"val {self.val_losses[-1]:.4f}, " if self.val_losses else ""
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {val}{tokens_per_s:,.0f} tokens/s, {mfu:.0%} MFU", False)
+            val = "".join(f"val {record['loss']:.4f}, " for record in self._split("val")[-1:])
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {val}{tokens_per_s:,.0f} tokens/s, "
+                                     f"{mfu:.0%} MFU", refresh=False)
             self.bar.update()
-        is_due = step % c.log_every == 0 or step + 1 == c.max_steps
+        is_due = step % max(self.log_every, 1) == 0 or step + 1 == self.max_steps
         if is_due and (self.bar is None or not sys.stdout.isatty()):
-            self.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: {seconds * 1000:.0f}ms | grad norm: "
-                       f"{grad_norm:.2f} | tokens/s: {tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}"
-                       + "".join(f" | peak memory: {gb:.1f} GB" for gb in memory.values()))
-        if self.dist.is_master:
-            val_records = [record for record in self.evaluations if record["split"] == "val"]
-            for name, message in diagnose(self.train, val_records, self.vocab_size, c.warmup_steps).items():
-                if name not in self.warned:
-                    self.warned.add(name)
-                    self.print(f"warning: {message}")
-        hours = seconds * (c.max_steps - step - 1) / 3600
-        if step == self.first_step and self.dist.device.type == "cpu" and hours > 1:
-            self.print(f"at {seconds:.2g} s per step this run takes about {hours:.0f} hours on this CPU: for a small "
-                       f"model that trains in minutes, pass --config configs/laptop.yaml and a new --log_dir")
+            self.ranks.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: "
+                             f"{seconds * 1000:.0f}ms | grad norm: {grad_norm:.2f} | tokens/s: "
+                             f"{tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}{memory}")
+        issues = diagnose(self.train_records, self._split("val"), self.vocab_size,
+                          self.warmup_steps)
+        for name, message in issues.items():
+            self._warn_once(name, message)
 
-    def validation(self, *, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """Log the validation loss after `step` steps, in nats per token and, if known, in bits per byte."""
-        perplexity = math.exp(min(loss, 700))  # beyond that a float overflows
-        bpb_field = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
-        self._append({"step": step, "split": "val", "loss": loss, "perplexity": perplexity, **bpb_field})
-        self.print(f"val loss {loss:.4f} | step: {step} | perplexity: {perplexity:.1f}"
-                   + "".join(f" | bits per byte: {bits:.4f}" for bits in bpb_field.values()))
+    def log_validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+        """Log the validation loss after `step` steps, in nats per token and, if known, in bits per
+        byte."""
+        record = {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # beyond: overflow
+        bits = ""
+        if bits_per_byte is not None:
+            record["bits_per_byte"] = bits_per_byte
+            bits = f" | bits per byte: {bits_per_byte:.4f}"
+        self._append("val", step, record)
+        self.ranks.print(f"val loss {loss:.4f} | step: {step} | perplexity: "
+                         f"{record['perplexity']:.1f}{bits}")
 
-    def hellaswag(self, *, step: int, **result: float) -> None:
+    def log_hellaswag(self, step: int, result: dict[str, float]) -> None:
         """Log the result of `gpt.hellaswag.evaluate_hellaswag` after `step` steps."""
-        self._append({"step": step, "split": "hellaswag", **result})
-        self.print(f"hellaswag acc {result['acc']:.4f} | step: {step} | acc_norm: {result['acc_norm']:.4f} | "
-                   f"examples: {result['examples']}")
+        self._append("hellaswag", step, result)
+        self.ranks.print(f"hellaswag acc {result['acc']:.4f} | step: {step} | acc_norm: "
+                         f"{result['acc_norm']:.4f} | examples: {result['examples']}")
 
-    def samples(self, *, step: int, texts: list[str]) -> None:
-        """Print the samples generated after `step` steps and append them to samples.txt."""
-        self.evaluations.append({"split": "samples", "step": step})
-        if not self.dist.is_master:
+    def log_samples(self, step: int, texts: list[str]) -> None:
+        """Print the samples generated after `step` steps and add them to samples.txt."""
+        self._append("samples", step, {"texts": texts})
+        if not self.ranks.is_master:
             return
-        formatted = "\n".join(f"--- sample at step {step} ---\n{text.strip()}\n---" for text in texts)
-        self.print(formatted)
+        pages = []
+        for record in self._split("samples"):
+            header = f"--- sample at step {record['step']} ---"
+            pages.append("\n".join(f"{header}\n{text.strip()}\n---" for text in record["texts"]))
+        self.ranks.print(pages[-1])
         try:
-            with open(self.samples_path, "a", encoding="utf-8") as file:
-                file.write(formatted + "\n\n")
+            with atomic_write(self.folder / "samples.txt") as file:
+                file.write(("\n\n".join(pages) + "\n").encode(errors="replace"))
         except OSError as error:
-            self.print(f"warning: {self.samples_path} cannot be written ({error.strerror})")
-        self._track(lambda writer: writer.add_text("samples", f"```\n{formatted}\n```", step))
+            self._warn_once("samples", f"samples.txt cannot be written ({error.strerror})")
+        self._track(lambda writer: writer.add_text("samples", f"```\n{pages[-1]}\n```", step))
 
-    def print_end(self, step: int) -> None:
-        """Print why a run stopped early, or that it was finished already."""
-        if step < self.config.max_steps:
-            self.print(f"finished at step {step} of {self.config.max_steps}: no better loss than {self.best_loss:.4f} "
-                       f"in {self.patience} validations; raise --patience, or pass --patience 0, to continue")
-        elif step == self.first_step:
-            self.print(f"the run is finished, step {step} of {self.config.max_steps}; raise --max_steps (or "
-                       f"--max_tokens, --max_epochs) to continue, or pass another --log_dir")
+    def print_end(self, step: int, stopping: bool) -> None:
+        """Print why the run ends at `step`, unless it is at its last step."""
+        if stopping:
+            self.ranks.print(f"stopped at step {step} of {self.max_steps}: rerun the same command "
+                             f"to resume")
+        elif step < self.max_steps:
+            self.ranks.print(f"finished at step {step} of {self.max_steps}: no better loss than "
+                             f"{self.best_loss:.4f} in {self.patience} validations; raise "
+                             f"--patience, or pass --patience 0, to continue")
+        elif step == self.start_step:
+            self.ranks.print(f"the run is finished, step {step} of {self.max_steps}; raise "
+                             f"--max_steps (or --max_tokens, --max_epochs) to continue, or pass "
+                             f"another --log_dir")
 
-    def sync(self) -> None:
-        """Sync metrics.jsonl to disk, so that no checkpoint is newer than its lines. Raises OSError on failure."""
-        if self.dist.is_master:
-            self._write(sync=True)
+    def open_trackers(self, wandb_project: str | None, train_config: dict) -> None:
+        """Open TensorBoard's writer and, if set, a Weights & Biases run that copies its data.
+
+        Raises UserError if a package is missing or Weights & Biases refuses the project.
+        """
+        if not self.ranks.is_master:
+            return
+        tensorboard = import_or_error("torch.utils.tensorboard", "tensorboard")
+        if wandb_project:
+            wandb = import_or_error("wandb", "wandb")
+            id_file = self.folder / "wandb_run.txt"  # a resumed run keeps its W&B run
+            if self.start_step == 0 or not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex)
+            try:
+                self.wandb = wandb.init(project=wandb_project, name=self.folder.name,
+                                        dir=self.folder, id=id_file.read_text(), resume="allow",
+                                        config=train_config, sync_tensorboard=True)
+            except wandb.Error as error:
+                raise UserError(f"wandb_project {wandb_project!r}: {error}") from None
+        # Drops the events of later steps, which a killed run has left.
+        self.writer = tensorboard.SummaryWriter(self.folder, purge_step=self.start_step + 1)
+        settings = f"```\n{yaml.safe_dump(train_config, sort_keys=False)}```"
+        self._track(lambda writer: writer.add_text("settings", settings, self.start_step))
 
     def close(self) -> None:
         """Close the bar and the trackers."""
         if self.bar is not None:
             self.bar.close()
-            self.bar = None
         self._track(lambda writer: writer.close())
         if self.wandb:
             self.wandb.finish()
 
-    def _start_trackers(self, step: int, settings: dict) -> None:
-        """Open TensorBoard's writer and, if set, a Weights & Biases run that copies everything from it."""
-        if not (self.config.tensorboard or self.config.wandb_project):
+    def _append(self, split: str, step: int, values: dict) -> None:
+        """Remember a record and write it to metrics.jsonl and the trackers."""
+        record = {"step": step, "split": split, **values}
+        self._remember(record)
+        if not self.ranks.is_master:
             return
-        tensorboard = import_or_error("torch.utils.tensorboard", "tensorboard")
-        if self.config.wandb_project:
-            wandb = import_or_error("wandb", "wandb")
-            id_file = self.folder / "wandb_run.txt"  # a resumed run keeps its W&B run
-            if step == 0 or not id_file.exists():
-                with atomic_write(id_file) as file:
-                    file.write(uuid.uuid4().hex.encode())
-            try:
-                self.wandb = wandb.init(project=self.config.wandb_project, name=self.folder.name, dir=self.folder,
-                                        id=id_file.read_text(), resume="allow", config=settings, sync_tensorboard=True)
-            except wandb.Error as error:
-                raise UserError(f"wandb_project {self.config.wandb_project!r}: {error}") from None
-        self.writer = tensorboard.SummaryWriter(self.folder, purge_step=step + 1)  # drops later events
-        text = f"```\n{yaml.safe_dump(settings, sort_keys=False)}```"
-        self._track(lambda writer: writer.add_text("settings", text, step))
+        try:
+            self.assert_held()
+            with open(self.path, "a") as file:  # opened each time: a killed process loses no line
+                file.write(self.line_break + json.dumps(record) + "\n")
+            self.line_break = ""
+        except OSError as error:
+            self.line_break = "\n"
+            self._warn_once("metrics", f"{self.path} cannot be written ({error.strerror}): this "
+                                       f"step is missing in it")
+        scalars = {f"{split}/{name}": value for name, value in values.items()
+                   if isinstance(value, int | float)}
+        self._track(lambda writer: [writer.add_scalar(name, value, step)
+                                    for name, value in scalars.items()])
+
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self.warned:
+            self.warned.add(name)
+            self.ranks.print(f"warning: {message}")
 
     def _track(self, send: Callable[[Any], Any]) -> None:
-        """Call `send` with the trackers' writer; if that fails, for example on a full disk, stop tracking."""
+        """Call `send` with TensorBoard's writer; if that fails, stop tracking."""
         if self.writer:
             try:
                 send(self.writer)
             except Exception as error:  # no failure of a tracker may end the run
                 self.writer = None
-                self.print(f"warning: TensorBoard or Weights & Biases failed ({error}): the run continues without them")
-
-    def _append(self, record: dict) -> None:
-        (self.train if record["split"] == "train" else self.evaluations).append(record)
-        del self.train[:-1000]
-        if not self.dist.is_master:
-            return
-        already_pending, self.pending_lines = self.pending_lines, self.pending_lines + json.dumps(record) + "\n"
-        try:
-            self._write()
-        except OSError as error:
-            if not already_pending:
-                self.print(f"warning: {self.path} cannot be written ({error.strerror}): lines are kept and retried")
-        scalars = {f"{record['split']}/{name}": value for name, value in record.items()
-                   if name not in ("step", "split") and value is not None}
-        self._track(lambda writer: [writer.add_scalar(name, value, record["step"]) for name, value in scalars.items()])
-
-    def _write(self, sync: bool = False) -> None:
-        with open(self.path, "ab") as file:  # opened each time: a killed process loses no line
-            file.truncate(min(self.size, file.tell()))  # drops a partial line left by a full disk
-            file.write(self.pending_lines.encode())
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-            self.size, self.pending_lines = file.tell(), ""
+                self.ranks.print(f"warning: TensorBoard or Weights & Biases failed ({error}): the "
+                                 f"run continues without them")
 
 
 def import_or_error(module: str, package: str) -> Any:

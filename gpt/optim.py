@@ -10,15 +10,17 @@ import torch.nn as nn
 from gpt.device import select_precision
 from gpt.errors import UserError
 
-# Coefficients (a, b, c) of three Newton-Schulz iterations X <- aX + b(XXᵀ)X + c(XXᵀ)²X. Each is the minimax polynomial
-# for the range of singular values left by the previous one (Amsel et al. 2025, "The Polar Express"): values from 0.01
-# to 1 end between 0.71 and 1.28. The first two allow for values 1.01 times as large: bfloat16 can round up, and beyond
-# its range each polynomial grows fast.
+# Coefficients (a, b, c) of three Newton-Schulz iterations X <- aX + b(XXᵀ)X + c(XXᵀ)²X.
+# Each is the minimax polynomial for the range of singular values left by the previous one
+# (Amsel et al. 2025, "The Polar Express"): values from 0.01 to 1 end between 0.71 and 1.28.
+# The first two allow for values 1.01 times as large: bfloat16 can round up, and beyond its
+# range each polynomial grows fast.
 NEWTON_SCHULZ = ((7.9401, -22.3223, 16.0788), (3.6053, -2.6452, 0.5108), (2.6684, -1.9829, 0.4533))
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Return U Vᵀ of the singular value decomposition U S Vᵀ of each matrix, approximately; (B, M, N), M at most N."""
+    """Return U Vᵀ of the singular value decomposition U S Vᵀ of each matrix, approximately;
+    (B, M, N), M at most N."""
     X = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in NEWTON_SCHULZ:
         A = X @ X.mT
@@ -27,22 +29,27 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for some matrices and AdamW for the other parameters, with one state_dict.
+    """Muon (Jordan et al. 2024) for some matrices and AdamW for the other parameters,
+    with one state_dict.
 
-    The parameter groups are AdamW's, then Muon's. Muon's update is the gradient's Nesterov momentum, orthogonalized and
-    scaled to the usual size of AdamW's updates (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so
-    one learning rate serves both. Matrices of the same shape are orthogonalized in one batch.
+    The parameter groups are AdamW's, then Muon's. Muon's update is the gradient's Nesterov
+    momentum, orthogonalized and scaled to the usual size of AdamW's updates (Liu et al. 2025, "Muon
+    is scalable for LLM training", section 2.2), so one learning rate serves both. Matrices of the
+    same shape are orthogonalized in one batch.
     """
 
-    def __init__(self, adamw: torch.optim.AdamW, muon_params: list[nn.Parameter], lr: float, weight_decay: float):
+    def __init__(self, adamw: torch.optim.AdamW, muon_params: list[nn.Parameter], lr: float,
+                 weight_decay: float):
         self.adamw = adamw
-        super().__init__([*adamw.param_groups, {"params": muon_params, "lr": lr, "weight_decay": weight_decay,
-                                                "momentum": 0.95}], {})
+        muon_group: dict[str, Any] = {"params": muon_params, "lr": lr, "weight_decay": weight_decay,
+                                      "momentum": 0.95}
+        super().__init__([*adamw.param_groups, muon_group], {})
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """Update all parameters."""
-        *self.adamw.param_groups, muon_group = self.param_groups  # load_state_dict() replaces groups and state
+        # load_state_dict() replaces groups and state.
+        *self.adamw.param_groups, muon_group = self.param_groups
         self.adamw.state = self.state
         self.adamw.step()
         self.muon_step(**muon_group)
@@ -52,23 +59,31 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        dtype = torch.bfloat16 if select_precision("auto", params[0].device) == "bf16" else torch.float32
-        parts = [pair for p, update in zip(params, updates, strict=True)
-                 for pair in zip(split_matrix(p), split_matrix(update), strict=True)]
+        is_bf16 = select_precision("auto", params[0].device) == "bf16"
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for p, update in zip(params, updates, strict=True):
+            parts += zip(split_matrix(p), split_matrix(update), strict=True)
         for shape in dict.fromkeys(weight.shape for weight, _ in parts):
-            weights, matrices = zip(*(pair for pair in parts if pair[0].shape == shape), strict=True)
-            orthogonal = orthogonalize(torch.stack([matrix.to(dtype) for matrix in matrices])).float()
-            torch._foreach_add_(weights, orthogonal.unbind(), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+            same_shape = [pair for pair in parts if pair[0].shape == shape]
+            weights, matrices = zip(*same_shape, strict=True)
+            orthogonal = orthogonalize(
+                torch.stack([matrix.to(dtype) for matrix in matrices])).float()
+            alpha = -lr * 0.2 * math.sqrt(max(shape))
+            torch._foreach_add_(weights, orthogonal.unbind(), alpha=alpha)
 
 
 def split_matrix(matrix: torch.Tensor) -> list[torch.Tensor]:
-    """Return views of the parts that Muon orthogonalizes separately, transposed if taller than wide.
+    """Return views of the parts that Muon orthogonalizes separately,
+    transposed if taller than wide.
 
-    The query, key and value parts of a `c_attn.weight` (3C, C) are separate; any other matrix is one part.
+    The query, key and value parts of a `c_attn.weight` (3C, C) are separate;
+    any other matrix is one part.
     """
     rows, columns = matrix.shape
     return [part if len(part) <= columns else part.T
@@ -77,16 +92,19 @@ def split_matrix(matrix: torch.Tensor) -> list[torch.Tensor]:
 
 def configure_optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float,
                         betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """Return the optimizer `name`: "adamw", or "muon" (Muon for the matrices of the blocks, AdamW for the rest).
+    """Return the optimizer `name`: "adamw", or "muon"
+    (Muon for the matrices of the blocks, AdamW for the rest).
 
-    AdamW (Loshchilov and Hutter 2019) decays tensors of two or more dimensions only, not biases and layer norms.
+    AdamW (Loshchilov and Hutter 2019) decays tensors of two or more dimensions only,
+    not biases and layer norms.
 
     Raises UserError if `name` is unknown.
     """
     if name not in ("adamw", "muon"):
         raise UserError(f"unknown optimizer {name!r}: expected adamw or muon")
     params = dict(model.named_parameters())
-    muon_params = [p for n, p in params.items() if name == "muon" and n.startswith("h.") and p.dim() == 2]
+    muon_params = [p for n, p in params.items()
+                   if name == "muon" and n.startswith("h.") and p.dim() == 2]
     adamw_params = [p for p in params.values() if not any(p is matrix for matrix in muon_params)]
     adamw = torch.optim.AdamW([
         {"params": [p for p in adamw_params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -95,22 +113,27 @@ def configure_optimizer(model: nn.Module, name: str, *, lr: float, weight_decay:
     return MuonWithAdamW(adamw, muon_params, lr, weight_decay) if muon_params else adamw
 
 
-def merge_state_dicts(state_dicts: list[dict]) -> dict[str, Any]:
-    """Merge the state_dicts of several optimizers, as old checkpoints store them, into one for `MuonWithAdamW`."""
-    merged: dict[str, Any] = {"state": {}, "param_groups": []}
-    for state_dict in state_dicts:
-        offset = sum(len(group["params"]) for group in merged["param_groups"])  # parameters are counted over all groups
-        merged["state"] |= {offset + i: state for i, state in state_dict["state"].items()}
-        merged["param_groups"] += [group | {"params": [offset + i for i in group["params"]]}
-                                   for group in state_dict["param_groups"]]
-    return merged
+def state_shapes(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Size]]:
+    """Return the shapes of the tensors that `optimizer` keeps for each parameter once it has made a
+    step, by the parameter's number in its state_dict."""
+    shapes: dict[int, dict[str, torch.Size]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if "momentum" in group:  # Muon's
+                state = {"momentum_buffer": p.shape}
+            else:
+                state = {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            shapes[len(shapes)] = state
+    return shapes
 
 
-def get_lr(step: int, *, max_lr: float, min_lr_ratio: float, warmup_steps: int, max_steps: int) -> float:
+def get_lr(step: int, *, max_lr: float, min_lr_ratio: float, warmup_steps: int,
+           max_steps: int) -> float:
     """Return the learning rate of step number `step` (from 0).
 
-    It rises linearly to `max_lr` over `warmup_steps` steps, then falls along half a cosine to
-    `max_lr * min_lr_ratio` at `max_steps` (Loshchilov and Hutter 2017, equation 5, without restarts).
+    It rises linearly to `max_lr` over `warmup_steps` steps, then falls along half a
+    cosine to `max_lr * min_lr_ratio` at `max_steps` (Loshchilov and Hutter 2017,
+    equation 5, without restarts).
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps

@@ -3,38 +3,42 @@
 import contextlib
 import os
 import signal
+import threading
 
 
 class StopHandler:
-    """Stores the first SIGINT, SIGTERM or SIGHUP in `signum` (0 until then) for the training loop to read.
+    """Stores the first SIGINT, SIGTERM or SIGHUP in `signum` (0 until then) for the training loop.
 
-    A second signal ends the process immediately. An ignored SIGHUP, as under nohup, stays ignored. Before the first
-    completed step there is nothing new to save and compilation may take minutes, so the first signal exits immediately
-    with status 128 + signum; the loop sets `has_unsaved_steps` after it.
-
-    Under torchrun later signals are ignored: a cluster may signal torchrun and its workers, and torchrun forwards its
-    signal, so a worker can get the same signal twice. torchrun kills workers that take too long.
+    A second signal ends the process immediately, except under torchrun: a cluster may signal both
+    torchrun and its workers, and torchrun forwards its signal, so a worker can get the same one
+    twice. An ignored SIGHUP, as under nohup, stays ignored. Other threads than the main one get no
+    signals.
     """
 
     def __init__(self, verbose: bool):
-        self.verbose, self.signum, self.has_unsaved_steps = verbose, 0, False
+        self.verbose = verbose
+        self.signum = 0
         self.signals = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             self.signals.append(signal.SIGHUP)
-        for signum in self.signals:
-            signal.signal(signum, self)
+        self.set_handler(self)
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run should stop after its current step."""
+        return self.signum > 0
+
+    def set_handler(self, handler: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.signals:
+                signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def __call__(self, signum: int, frame: object) -> None:
         self.signum = signum
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        for later in self.signals:
-            signal.signal(later, signal.SIG_IGN if under_torchrun else signal.SIG_DFL)
-        if self.has_unsaved_steps:
-            text = "finishing this step and saving" + ("" if under_torchrun else " (repeat to exit immediately)")
-        else:
-            text = "stopping before the first completed step: there is nothing new to save"
+        self.set_handler(signal.SIG_IGN if under_torchrun else signal.SIG_DFL)
+        repeat = "" if under_torchrun else " (repeat to exit immediately)"
+        text = f"{signal.Signals(signum).name}: finishing this step and saving{repeat}\n"
         if self.verbose:
-            with contextlib.suppress(OSError):  # not print, which may be what the signal interrupted
-                os.write(1, f"{signal.Signals(signum).name}: {text}\n".encode())
-        if not self.has_unsaved_steps:
-            raise SystemExit(128 + signum)
+            with contextlib.suppress(OSError):  # not print: the signal may have interrupted one
+                os.write(1, text.encode())

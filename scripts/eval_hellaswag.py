@@ -1,26 +1,29 @@
-"""Evaluate a model on HellaSwag: python -m scripts.eval_hellaswag, or torchrun … scripts/eval_hellaswag.py"""
+"""Evaluate a model on HellaSwag: python -m scripts.eval_hellaswag,
+or torchrun … scripts/eval_hellaswag.py"""
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if not __package__:  # run as `torchrun scripts/eval_hellaswag.py`: imports start at the repository's root
+# Run as `torchrun scripts/eval_hellaswag.py`: imports start at the repository's root.
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
+from gpt.checkpoint import CheckpointConfig, load_model
 from gpt.device import DTYPES, Precision, select_precision
-from gpt.distributed import init_distributed
+from gpt.distributed import init_ranks
 from gpt.errors import UserError
 from gpt.files import atomic_write
 from gpt.generation import prepare_for_inference
-from gpt.hellaswag import BATCH_TOKENS, evaluate_hellaswag, load_examples
+from gpt.hellaswag import evaluate_hellaswag, load_examples
 from scripts import cli
 
 
 @dataclass
-class HellaSwagConfig(cli.CheckpointConfig):
+class HellaSwagConfig(CheckpointConfig):
     """Settings of scripts.eval_hellaswag; hellaswag.json is written to log_dir."""
 
     data: str | None = None  # HellaSwag .jsonl file; unset: download from HF hub
@@ -33,20 +36,23 @@ def main(config: HellaSwagConfig) -> None:
     """Evaluate on all ranks, print the accuracies and write them to log_dir/hellaswag.json."""
     if config.limit < 0:
         raise UserError(f"--limit is {config.limit}: must be 0 (all examples) or more")
-    with init_distributed(config.device, rank_timeout=3600) as dist:
+    with init_ranks(config.device, rank_timeout=3600) as ranks:
         examples = load_examples(config.data, config.limit)
-        source, model, tokenizer = cli.load_model(config, dist.device)
+        source, model, tokenizer = load_model(config, ranks.device, verbose=ranks.is_master)
         path = Path(config.log_dir) / "hellaswag.json"
-        path.parent.mkdir(parents=True, exist_ok=True)  # if this fails, it should be before the evaluation
-        precision = select_precision(config.precision, dist.device)
+        # If this fails, it should be before the evaluation.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        precision = select_precision(config.precision, ranks.device)
         if precision == "float32":
             prepare_for_inference(model, torch.float32)
-        autocast = torch.autocast(dist.device.type, DTYPES[precision], enabled=precision != "float32")
-        result = evaluate_hellaswag(model, tokenizer, examples, autocast, dist, BATCH_TOKENS[dist.device.type],
-                                    show_bar=True)
-        if dist.is_master and result:
-            print(f"{result['examples']} examples | acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
-                  f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | {precision} | {path}")
+        autocast = torch.autocast(ranks.device.type, DTYPES[precision],
+                                  enabled=precision != "float32")
+        result = evaluate_hellaswag(model, tokenizer, examples, autocast, ranks, show_bar=True)
+        if ranks.is_master and result:
+            print(f"{result['examples']} examples | "
+                  f"acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "
+                  f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} | "
+                  f"{precision} | {path}")
             metadata = {"checkpoint": source, "data": config.data or "Rowan/hellaswag, validation",
                         "precision": precision}
             with atomic_write(path) as file:

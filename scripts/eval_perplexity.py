@@ -1,4 +1,5 @@
-"""Measure the perplexity of a text under a model: python -m scripts.eval_perplexity --data my_text.txt"""
+"""Measure the perplexity of a text under a model:
+python -m scripts.eval_perplexity --data my_text.txt"""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gpt.checkpoint import CheckpointConfig, load_model
 from gpt.device import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_window_losses
@@ -18,7 +20,7 @@ from scripts import cli
 
 
 @dataclass
-class PerplexityConfig(cli.CheckpointConfig):
+class PerplexityConfig(CheckpointConfig):
     """Settings of scripts.eval_perplexity."""
 
     data: str  # text file, or folder with val_*.npy
@@ -30,13 +32,14 @@ class PerplexityConfig(cli.CheckpointConfig):
 def main(config: PerplexityConfig) -> None:
     """Print the loss, the perplexity and the bits per byte of all tokens but the first."""
     device = select_device(config.device)
-    _, model, tokenizer = cli.load_model(config, device)
+    _, model, tokenizer = load_model(config, device)
     prepare_for_inference(model, torch.float32)
     T = model.config.block_size
     stride = config.stride or T // 2
     if not 1 <= stride <= T or config.batch_size < 1:
-        raise UserError(f"--stride is {stride} and --batch_size is {config.batch_size}: expected a stride of 1 to {T} "
-                        f"(the model's context length) and a batch size of 1 or more")
+        raise UserError(f"--stride is {stride} and --batch_size is {config.batch_size}: expected "
+                        f"a stride of 1 to {T} (the model's context length) and a batch size "
+                        f"of 1 or more")
     shards = [tokens for tokens in read_tokens(Path(config.data), tokenizer) if len(tokens) > 1]
     if not shards:
         raise UserError(f"--data {config.data} has fewer than two tokens: pass a longer text")
@@ -55,18 +58,21 @@ def main(config: PerplexityConfig) -> None:
 
 
 def read_tokens(data: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Return the token ids of a text file, or of each val shard in a folder. Raises UserError if there are none."""
+    """Return the token ids of a text file, or of each val shard in a folder.
+
+    Raises UserError if there are none.
+    """
     if data.is_dir():
         data_tokenizer = read_tokenizer(data, read_meta(data))
         if data_tokenizer and data_tokenizer.name != tokenizer.name:
-            raise UserError(f"--data {data} has tokenizer {data_tokenizer.name}, but the model has {tokenizer.name}: "
-                            f"prepare the data with the model's tokenizer")
+            raise UserError(f"--data {data} has tokenizer {data_tokenizer.name}, but the model has "
+                            f"{tokenizer.name}: prepare the data with the model's tokenizer")
         return [open_shard(path) for path in find_shards(data, "val")]
     try:
         return [np.array(tokenizer.encode(data.read_bytes().decode()), dtype=np.int64)]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {data} cannot be read ({error}): pass a UTF-8 text file or a folder with "
-                        f"val_*.npy") from None
+        raise UserError(f"--data {data} cannot be read ({error}): "
+                        f"pass a UTF-8 text file or a folder with val_*.npy") from None
 
 
 if __name__ == "__main__":

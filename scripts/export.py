@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from gpt.checkpoint import CheckpointConfig, find_checkpoint
 from gpt.errors import UserError
 from gpt.files import read_metrics
 from gpt.pretrained import save_pretrained
@@ -14,18 +15,20 @@ from scripts import cli
 
 
 @dataclass
-class ExportConfig(cli.CheckpointConfig):
+class ExportConfig(CheckpointConfig):
     """Settings of scripts.export."""
 
     out: str  # output folder, new or empty
 
 
 def main(config: ExportConfig) -> None:
-    """Write config.json, generation_config.json, model.safetensors, the tokenizer and a model card: all or nothing."""
+    """Write config.json, generation_config.json, model.safetensors, the tokenizer and a model card:
+    all or nothing."""
     out = Path(config.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {config.out} exists and is not empty: choose another folder or delete it")
-    source, checkpoint = cli.find_checkpoint(config)
+        raise UserError(f"--out {config.out} exists and is not empty: "
+                        f"choose another folder or delete it")
+    source, checkpoint = find_checkpoint(config)
     card = model_card(Path(source), checkpoint)
     tmp_dir = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(tmp_dir, ignore_errors=True)  # left by an export that was killed
@@ -38,25 +41,29 @@ def main(config: ExportConfig) -> None:
         shutil.rmtree(tmp_dir, ignore_errors=True)
     if not checkpoint.get("tokenizer"):
         print("no tokenizer exported: the model was trained on raw token ids")
-    print(f"wrote {config.out}: load it with transformers.AutoModelForCausalLM.from_pretrained({config.out!r})")
+    print(f"wrote {config.out}: load it with "
+          f"transformers.AutoModelForCausalLM.from_pretrained({config.out!r})")
 
 
 def model_card(source: Path, checkpoint: dict) -> str:
-    """Return a README.md for the checkpoint loaded from `source`: data, tokens, val loss and settings of its run."""
+    """Return a README.md for the checkpoint loaded from `source`:
+    data, tokens, val loss and settings of its run."""
     model, step = checkpoint["config"], checkpoint["step"]
     n_params = sum(tensor.numel() for tensor in checkpoint["model"].values())
     paragraphs = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---", f"# {source.stem}",
-        f"A GPT-2 with {n_params:,} parameters: {model['n_layer']} layers, {model['n_head']} heads, n_embd "
-        f"{model['n_embd']}, context {model['block_size']} tokens, vocabulary {model['vocab_size']:,}."]
+        f"A GPT-2 with {n_params:,} parameters: {model['n_layer']} layers, "
+        f"{model['n_head']} heads, n_embd {model['n_embd']}, "
+        f"context {model['block_size']} tokens, vocabulary {model['vocab_size']:,}."]
     if settings := checkpoint.get("train_config"):
         tokens = step * settings["total_batch_size"]
-        paragraphs.append(f"Trained on `{settings['data_root']}` for {step:,} steps ({tokens:,} tokens), starting from "
-                          f"{settings['init_from']}.")
+        paragraphs.append(f"Trained on `{settings['data_root']}` for {step:,} steps "
+                          f"({tokens:,} tokens), starting from {settings['init_from']}.")
         for record in read_metrics(source.with_name("metrics.jsonl")):
             if record["split"] == "val" and record["step"] == step:
                 paragraphs.append(f"Validation loss: {record['loss']:.4f} nats per token.")
-        paragraphs.append(f"Settings:\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False).strip()}\n```")
+        listing = yaml.safe_dump(settings, sort_keys=False).strip()
+        paragraphs.append(f"Settings:\n\n```yaml\n{listing}\n```")
     return "\n\n".join(paragraphs) + "\n"
 
 

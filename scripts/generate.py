@@ -1,6 +1,7 @@
 """Generate text with a trained model: python -m scripts.generate --prompt "Once upon a time"
 
-Without --prompt it asks for prompts on a terminal; prompt k (from 0) uses seed + k, so sessions are reproducible.
+Without --prompt it asks for prompts on a terminal; prompt k (from 0) uses seed + k,
+so sessions are reproducible.
 In a pipe, the prompt is then a newline. <|endoftext|> in a prompt is the special token.
 """
 
@@ -12,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from gpt.checkpoint import CheckpointConfig, load_model
 from gpt.device import select_device, select_precision
 from gpt.errors import UserError
 from gpt.generation import prepare_for_inference, stream_text
@@ -21,7 +23,7 @@ from scripts import cli
 
 
 @dataclass
-class GenerateConfig(cli.CheckpointConfig):
+class GenerateConfig(CheckpointConfig):
     """Settings of scripts.generate."""
 
     prompt: str = "\n"  # text to continue; a newline: ask for prompts if on a terminal
@@ -32,16 +34,17 @@ class GenerateConfig(cli.CheckpointConfig):
     top_p: float = 1.0  # nucleus sampling threshold; 1: off
     seed: int = 1337  # random seed for sampling
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # weight dtype; auto: bfloat16 if native, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if native, else float32
 
 
 def main(config: GenerateConfig) -> None:
-    """Continue the prompt with a checkpoint; print the checkpoint and the dtype to standard error."""
+    """Continue the prompt with a checkpoint;
+    print the checkpoint and the dtype to standard error."""
     check_config(config)
     device, dtype = select_device(config.device), config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if select_precision("auto", device) == "bf16" else "float32"
-    _, model, tokenizer = cli.load_model(config, device, note=f", {dtype}")
+    _, model, tokenizer = load_model(config, device, note=f", {dtype}")
     prepare_for_inference(model, getattr(torch, dtype))
     # the default is not None, because tyro parses the prompt `None` as None
     is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
@@ -52,7 +55,8 @@ def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) ->
     """Ask for prompts and continue each until Ctrl-D; an empty prompt is a newline."""
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401  # gives input() line editing and history
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # an invalid byte must not end the session
+    # An invalid byte must not end the session.
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     print("type a prompt, or Enter for none; Ctrl-C stops a sample, Ctrl-D exits", file=sys.stderr)
     seed = config.seed
     while True:
@@ -72,8 +76,9 @@ def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) ->
 def print_samples(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
     """Print `num_samples` continuations of the prompt; the first one is streamed."""
     later_samples = []
-    for pieces in stream_text(model, tokenizer, [config.prompt] * config.num_samples, config.max_new_tokens,
-                              temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed):
+    for pieces in stream_text(model, tokenizer, [config.prompt] * config.num_samples,
+                              config.max_new_tokens, temperature=config.temperature,
+                              top_k=config.top_k, top_p=config.top_p, seed=config.seed):
         print(pieces[0], end="", flush=True)
         later_samples.append(pieces[1:])
     print("".join("\n---\n" + "".join(pieces) for pieces in zip(*later_samples, strict=True)))
@@ -81,9 +86,11 @@ def print_samples(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> N
 
 def check_config(config: GenerateConfig) -> None:
     """Raise UserError for an invalid setting."""
-    for name, least in (("temperature", 0), ("top_k", 0), ("seed", 0), ("max_new_tokens", 1), ("num_samples", 1)):
-        if not least <= getattr(config, name) < 2**63:
-            raise UserError(f"--{name} is {getattr(config, name)}: must be {least} or more, and below 2^63")
+    for name, least in (("temperature", 0), ("top_k", 0), ("seed", 0), ("max_new_tokens", 1),
+                        ("num_samples", 1)):
+        value = getattr(config, name)
+        if not least <= value < 2**63:
+            raise UserError(f"--{name} is {value}: must be {least} or more, and below 2^63")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top_p is {config.top_p}: must be above 0 and at most 1")
     if not config.prompt:

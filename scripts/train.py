@@ -1,12 +1,16 @@
-"""Train a GPT-2 on token shards: python -m scripts.train, or torchrun --nproc_per_node=8 scripts/train.py"""
+"""Train a GPT-2 on token shards: python -m scripts.train, or torchrun scripts/train.py"""
 
 import contextlib
+import datetime
 import json
 import math
 import signal
+import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,21 +21,32 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt import hellaswag
-from gpt.checkpoint import CheckpointManager
+from gpt.checkpoint import (
+    CheckpointManager,
+    assert_same_settings,
+    load_checkpoint,
+    load_latest,
+    resume,
+)
 from gpt.config import GPTConfig
-from gpt.device import DTYPES, Precision, is_out_of_memory, tune_device
-from gpt.distributed import Distributed, init_distributed
+from gpt.dataloader import DataLoaderLite
+from gpt.device import DTYPES, Precision, device_name, select_compile, select_precision, tune_device
+from gpt.distributed import Ranks, init_ranks
 from gpt.errors import UserError
 from gpt.evaluation import evaluate_loss
 from gpt.files import run_lock
+from gpt.flops import flops_per_token, peak_flops
 from gpt.generation import generate_text
+from gpt.hellaswag import evaluate_hellaswag, load_examples
 from gpt.metrics import RunLog
+from gpt.model import GPT
 from gpt.optim import configure_optimizer, get_lr
-from gpt.resolve import check_config, out_of_memory_advice, resolve
-from gpt.shards import fingerprint
+from gpt.shards import auto_seq_len, fingerprint, read_meta, read_tokenizer
 from gpt.signals import StopHandler
+from gpt.tokenizer import Tokenizer
 from scripts.cli import run_cli
+
+TYPICAL_MFU = 0.3  # for the time that a run is expected to take
 
 
 @dataclass
@@ -40,21 +55,21 @@ class TrainConfig:
 
     data_root: str = "shakespeare_data"  # folder with train_*.npy and val_*.npy
     log_dir: str = "log"  # output folder; a run found in it is resumed
-    init_from: str = "scratch"  # scratch, or initial weights: model_<step>.pt, Hugging Face folder or model name
+    init_from: str = "scratch"  # scratch, model_<step>.pt, Hugging Face folder or model name
     # block_size 0: from seq_len or init_from; vocab_size 0: from the data
     model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
 
     total_batch_size: int = 32768  # tokens per optimizer step, over all GPUs
     micro_batch_size: int = 16  # sequences per forward pass per GPU; lower if out of memory
-    seq_len: int | Literal["auto"] = 256  # tokens per sequence; auto: 256, or less if the data is short
+    seq_len: int | Literal["auto"] = 256  # tokens per sequence; auto: 256, less for short data
     max_steps: int = 1000  # optimizer steps to train for
     max_tokens: int = 0  # tokens to train on, overrides max_steps; 0: off
     max_epochs: float = 0  # epochs to train for, overrides max_steps; 0: off
-    patience: int = 0  # evaluations without a new best val loss before the run stops early; 0: off
-    overfit_one_batch: bool = False  # sanity check: train on the first batch only; the loss must reach 0
+    patience: int = 0  # validations without a new best loss before the run stops early; 0: off
+    overfit_one_batch: bool = False  # sanity check: train on the first batch; loss must reach 0
     seed: int = 1337  # random seed for init, data order and dropout
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw, or muon (Muon for 2-D block weights, AdamW for the rest)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices in blocks, AdamW for others
     max_lr: float = 6e-4  # peak learning rate, reached after warmup
     min_lr_ratio: float = 0.1  # final learning rate as a fraction of max_lr
     warmup_steps: int = 100  # linear learning-rate warmup, in steps
@@ -66,145 +81,305 @@ class TrainConfig:
     eval_tokens: int = 131072  # validation tokens per evaluation
     save_every: int = 250  # steps between checkpoints; 0: first and last only
     sample_every: int = 250  # steps between generated samples; 0: never
-    sample_prompts: list[str] = field(default_factory=lambda: ["\n"])  # prompts for the generated samples
+    # prompts for the generated samples
+    sample_prompts: list[str] = field(default_factory=lambda: ["\n"])
     sample_tokens: int = 100  # new tokens per generated sample
     hellaswag_every: int = 0  # steps between HellaSwag evaluations; 0: never
-    hellaswag_data: str | None = None  # HellaSwag .jsonl file; unset: download from HF hub
+    hellaswag_data: str | None = None  # HellaSwag .jsonl file; default: download from the Hub
     hellaswag_limit: int = 0  # evaluate the first N examples; 0: all 10,042
     log_every: int = 1  # steps between console lines; metrics.jsonl has every step
     tensorboard: bool = False  # write TensorBoard files to log_dir
-    wandb_project: str | None = None  # Weights & Biases project; unset: off
+    wandb_project: str | None = None  # Weights & Biases project; default: off
 
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
     precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 if native, else float32
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA, if there is a C compiler
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA with a C compiler
     rank_timeout: float = 600  # seconds without progress before all ranks abort
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a number that no setting can have."""
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not 0 <= value < 2**63:
+                raise UserError(f"--{name} is {value}: must be at least 0 and below 2^63")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas are {self.betas}: each must be at least 0 and below 1")
+        if self.patience and not self.eval_every:
+            raise UserError("--patience needs validation: pass an --eval_every above 0")
 
 
 def main(config: TrainConfig) -> int:
-    """Train, and return the exit status: 0, or 128 + the signal that ended the run early."""
-    check_config(config)
-    with (init_distributed(config.device, config.rank_timeout) as dist,
-          run_lock(config.log_dir) if dist.is_master else contextlib.nullcontext(),
-          contextlib.closing(RunLog(config, dist)) as log):
-        tune_device(dist.device)
-        try:
-            return train(config, dist, log, StopHandler(verbose=dist.is_master))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise UserError(out_of_memory_advice(log.config, dist)) from None
-            raise
+    """Train, and return the exit status: 0, or 128 + the signal that stopped the run early."""
+    try:
+        with contextlib.ExitStack() as exit_stack:
+            return train(config, exit_stack)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise UserError(f"{reason}: pass a lower --micro_batch_size") from None
 
 
-def train(config: TrainConfig, dist: Distributed, log: RunLog, stop: StopHandler) -> int:
-    """Start or resume training, run it to the end and return the exit status."""
-    checkpoints = CheckpointManager(config.log_dir, dist, log)
-    config, model, tokenizer, train_loader, val_loader = resolve(config, dist, checkpoints.model_state, log.print)
-    examples = hellaswag.load_examples(config.hellaswag_data, config.hellaswag_limit) if config.hellaswag_every else []
-    optimizer = configure_optimizer(model, config.optimizer, lr=config.max_lr, weight_decay=config.weight_decay,
-                                    betas=config.betas)
+def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
+    """Build everything, resume the run in log_dir if there is one, train, and return the exit
+    status. exit_stack: closes at the end what is opened here."""
+    ranks = exit_stack.enter_context(init_ranks(config.device, config.rank_timeout))
+    lock = run_lock(config.log_dir) if ranks.is_master else contextlib.nullcontext(lambda: None)
+    assert_held = exit_stack.enter_context(lock)
+    tune_device(ranks.device)
+
+    latest = load_latest(config.log_dir, ranks.print, with_optim=True)
+    config, tokenizer = resolve_auto(config, ranks)
+    model = init_model(config, tokenizer, latest).to(ranks.device)
+    config, train_loader, val_loader = load_data(replace(config, model=model.config), ranks)
+    optimizer = configure_optimizer(model, config.optimizer, lr=config.max_lr,
+                                    weight_decay=config.weight_decay, betas=config.betas)
     dtype = DTYPES[config.precision]
-    autocast = torch.autocast(dist.device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    examples = (load_examples(config.hellaswag_data, config.hellaswag_limit)
+                if config.hellaswag_every else [])
 
-    # Resume from the newest checkpoint in log_dir, if there is one.
-    settings = json.loads(json.dumps(asdict(config)))  # plain values: tuples become lists
-    data = fingerprint([*train_loader.paths, *(val_loader.paths if val_loader else [])])
-    metadata = dict(tokenizer=tokenizer and tokenizer.merge_table, train_config=settings, data=data)
-    step = checkpoints.resume(model, optimizer, scaler, metadata)
-    dist.assert_same({**settings, **data, "step": step},
-                     "start all ranks with the same flags, the same data and one log_dir that all of them see")
-    log.start(step, config, settings, model, train_loader)
-    train_model: Any = torch.compile(model) if config.compile else model  # evaluation and sampling use `model`
-    if dist.world_size > 1:
-        train_model = DistributedDataParallel(train_model)
+    metadata = {"tokenizer": tokenizer.merge_table if tokenizer else None,
+                "train_config": json.loads(json.dumps(asdict(config))),  # tuples become lists
+                "data": fingerprint(config.data_root)}
+    step = resume(latest, optimizer, scaler, metadata, ranks.print) if latest else 0
+    ranks.assert_equal({**metadata["train_config"], **metadata["data"], "step": step})
+    checkpoints = CheckpointManager(Path(config.log_dir), ranks, assert_held, model, optimizer,
+                                    scaler, metadata, saved_step=step if latest else -1)
+    del latest  # gigabytes
+    log = exit_stack.enter_context(open_log(config, ranks, assert_held, step, model,
+                                            train_loader))
+    ddp = ranks.world_size > 1
+    ddp_model: Any = torch.compile(model) if config.compile else model
+    if ddp:
+        ddp_model = DistributedDataParallel(ddp_model)  # evaluation and sampling use `model`
+    stop = StopHandler(verbose=ranks.is_master)
 
     stopping = False
-    while True:
-        # Save first, so that a failing evaluation loses no training.
-        finished = step >= config.max_steps or log.out_of_patience
-        if step == 0 or is_due(config.save_every, step) or finished or stopping:
-            with torch.no_grad(), autocast:
-                next_loss = model(*train_loader.batch(step, 0))
-            checkpoints.save(step, next_loss, must_succeed=step == 0 or finished or stopping)
-        if stopping:
-            log.print(f"stopped at step {step} of {config.max_steps}: rerun the same command to resume")
-            dist.wait()  # torchrun ends the other ranks when one exits
-            return 128 + (stop.signum or signal.SIGTERM)
+    while not stopping:
+        finished = step >= config.max_steps or log.should_stop_early
+
+        # Save first: nothing that follows can cost what was learned.
+        if step == 0 or finished or is_due(config.save_every, step):
+            checkpoints.save(step, required=step == 0)
 
         # Evaluate and sample, each once per step, also across restarts.
-        with checkpoints.rescue(step):
-            if val_loader and is_due(config.eval_every, step, finished) and not log.has("val", step):
-                batches = map(val_loader.load_batch, log.progress_bar(val_loader.eval_batches(config.eval_tokens)))
-                val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, dist, tokenizer)
-                checkpoints.assert_finite(step, f"validation loss {val_loss}", val_loss)
-                if val_loss < log.best_loss:
-                    checkpoints.save_best(step, val_loss)
-                log.validation(step=step, loss=val_loss, bits_per_byte=bits_per_byte)
-                if log.out_of_patience:
-                    continue  # stop early: save this step and finish
-            if tokenizer and is_due(config.sample_every, step, finished) and not log.has("samples", step):
-                with autocast:
-                    texts = generate_text(model, tokenizer, config.sample_prompts, config.sample_tokens,
-                                          temperature=0.8, top_k=200, seed=config.seed)
-                log.samples(step=step, texts=texts)
-            if tokenizer and is_due(config.hellaswag_every, step, finished) and not log.has("hellaswag", step):
-                result = hellaswag.evaluate_hellaswag(
-                    model, tokenizer, examples, autocast, dist, config.micro_batch_size * int(config.seq_len),
-                    show_bar=log.bar is not None, stopped=lambda: stop.signum > 0)
-                if result is None:  # a signal on any rank
-                    stopping = True
-                    continue
-                log.hellaswag(step=step, **result)
-        if finished:
-            log.print_end(step)
-            dist.wait()
-            return 0
+        if is_due(config.eval_every, step, finished) and not log.is_logged("val", step):
+            batches = val_loader.eval_batches(config.eval_tokens, show_bar=log.bar is not None)
+            val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, ranks, tokenizer)
+            assert_finite(step, f"validation loss {val_loss}", val_loss)
+            if val_loss < log.best_loss:
+                checkpoints.save_best(step, val_loss)
+            log.log_validation(step, val_loss, bits_per_byte)
+            if log.should_stop_early:
+                finished = True
+                checkpoints.save(step)
+        if is_due(config.sample_every, step, finished) and not log.is_logged("samples", step):
+            with autocast:
+                texts = generate_text(model, tokenizer, config.sample_prompts, config.sample_tokens,
+                                      temperature=0.8, top_k=200, seed=config.seed)
+            log.log_samples(step, texts)
+        if is_due(config.hellaswag_every, step, finished) and not log.is_logged("hellaswag", step):
+            result = evaluate_hellaswag(model, tokenizer, examples, autocast, ranks,
+                                        log.bar is not None, lambda: stop.requested)
+            if result:
+                log.log_hellaswag(step, result)
+            else:
+                stopping = True
+        if finished or stopping:
+            break
 
         # One optimizer step: accumulate gradients over micro-steps, clip them, update the weights.
         t0 = time.perf_counter()
-        train_loss = torch.zeros((), device=dist.device)
-        for micro_step in range(train_loader.grad_accum_steps):
-            x, y = train_loader.batch(0 if config.overfit_one_batch else step, micro_step)  # each (B, T)
-            if model.config.dropout:
-                seed_dropout(config.seed, step, micro_step, dist.rank)
-            is_last_micro_step = micro_step == train_loader.grad_accum_steps - 1
-            train_model.require_backward_grad_sync = is_last_micro_step  # DDP averages gradients once per step
-            with autocast:
-                loss = train_model(x, y) / train_loader.grad_accum_steps
-            if is_last_micro_step:
-                dist.wait()  # names a hung rank, which the all-reduce in backward cannot
-            scaler.scale(loss).backward()
-            train_loss += loss.detach()
-        lr = get_lr(step, max_lr=config.max_lr, min_lr_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps,
-                    max_steps=config.max_steps)
+        lr = get_lr(step, max_lr=config.max_lr, min_lr_ratio=config.min_lr_ratio,
+                    warmup_steps=config.warmup_steps, max_steps=config.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        loss_sum = torch.zeros((), device=ranks.device)
+        for micro_step in range(train_loader.grad_accum_steps):
+            x, y = train_loader.batch(0 if config.overfit_one_batch else step, micro_step)  # (B, T)
+            if config.model.dropout:
+                seed_dropout(config.seed, step, micro_step, ranks.rank)
+            if ddp:  # average the gradients over ranks once per step
+                is_last = micro_step == train_loader.grad_accum_steps - 1
+                ddp_model.require_backward_grad_sync = is_last
+            with autocast:
+                loss = ddp_model(x, y) / train_loader.grad_accum_steps
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        max_norm = config.grad_clip or math.inf
+        total_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        # Synchronize with the device, once per step.
-        stats = torch.stack([train_loss, grad_norm, torch.tensor(float(stop.signum > 0), device=dist.device)])
-        losses, grad_norms, stop_votes = zip(*dist.gather(stats), strict=True)
-        stop.has_unsaved_steps = True  # from now on a signal waits for the end of a step
-        checkpoints.check_update(step, losses, grad_norms[0])
-        log.step(step=step, loss=sum(losses) / dist.world_size, lr=lr, grad_norm=grad_norms[0],
-                 seconds=time.perf_counter() - t0)
-        stopping = any(stop_votes)
+        # The step's one wait for the device and for other ranks.
+        train_loss, grad_norm, votes = ranks.mean(loss_sum, total_norm, stop.requested)
+        assert_finite_step(step, train_loss, grad_norm, scaler, ranks)
+        log.log_step(step, train_loss, lr, grad_norm, time.perf_counter() - t0)
+        stopping = votes > 0
         step += 1
+
+    checkpoints.save(step, required=True)
+    log.print_end(step, stopping)
+    return 128 + (stop.signum or signal.SIGTERM) if stopping else 0
+
+
+def resolve_auto(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, Any]:
+    """Decide every 0 and "auto" of the settings that needs no model; return the settings and the
+    data's `Tokenizer`, None if it is unknown."""
+    meta = read_meta(config.data_root)
+    vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
+    default = "gpt2" if vocab_size == 50257 else None
+    tokenizer = read_tokenizer(config.data_root, {"tokenizer": default, **meta})
+    if not tokenizer:
+        ranks.print(f"no tokenizer is known for the data (vocab_size {vocab_size}): no samples are "
+                    f"generated, and HellaSwag is not evaluated")
+        config = replace(config, sample_every=0, hellaswag_every=0)
+    if not config.sample_prompts:
+        config = replace(config, sample_every=0)
+    if config.overfit_one_batch:
+        config = replace(config, eval_every=0)  # only the loss of that batch matters
+    if config.seq_len == "auto":
+        fits = auto_seq_len(config.data_root, ["train", "val"] if config.eval_every else ["train"])
+        config = replace(config, seq_len=min(fits, config.model.block_size or fits))
+    if config.init_from == "scratch":  # else the model's config comes from there
+        block_size = config.model.block_size or int(config.seq_len)
+        model = replace(config.model, vocab_size=vocab_size, block_size=block_size)
+        config = replace(config, model=model)
+    use_compile = select_compile(config.compile, ranks.device)
+    if config.compile == "auto" and ranks.device.type == "cuda" and not use_compile:
+        ranks.print("torch.compile is off: it needs a GPU from Volta on, Triton and a C compiler")
+    precision = select_precision(config.precision, ranks.device)
+    return replace(config, precision=precision, compile=use_compile), tokenizer
+
+
+def init_model(config: TrainConfig, tokenizer: Tokenizer | None, latest: tuple | None) -> GPT:
+    """Return the model on the CPU: from the checkpoint `latest` if there is one, else from
+    `init_from`. Raises UserError if it does not fit the settings or the data."""
+    if latest:
+        path, checkpoint, _ = latest
+        assert_same_settings(path, checkpoint, asdict(config))
+        model = GPT.from_checkpoint(checkpoint, dropout=config.model.dropout)
+    elif config.init_from == "scratch":
+        torch.manual_seed(config.seed)
+        model = GPT(config.model)
+    else:
+        checkpoint = load_checkpoint(config.init_from)
+        if checkpoint["tokenizer"] != (tokenizer.merge_table if tokenizer else None):
+            raise UserError(f"{config.init_from} has another tokenizer than the data in "
+                            f"{config.data_root!r}: prepare the data with the model's tokenizer")
+        max_positions = checkpoint["config"]["block_size"]
+        if config.model.block_size > max_positions:
+            raise UserError(f"--model.block_size is {config.model.block_size}, {config.init_from} "
+                            f"has {max_positions} positions: they can be truncated, not extended")
+        block_size = config.model.block_size or max_positions
+        model = GPT.from_checkpoint(checkpoint, dropout=config.model.dropout, block_size=block_size)
+    if int(config.seq_len) > model.config.block_size:
+        raise UserError(f"--seq_len {config.seq_len} exceeds block_size {model.config.block_size}, "
+                        f"the model's context length: lower --seq_len or raise --model.block_size")
+    return model
+
+
+def load_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, DataLoaderLite, Any]:
+    """Return the settings with their final max_steps, and the loaders of the train and val splits
+    (val: None without validation)."""
+    loader = partial(DataLoaderLite, config.data_root, micro_batch_size=config.micro_batch_size,
+                     seq_len=int(config.seq_len), vocab_size=config.model.vocab_size,
+                     seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
+                     device=ranks.device)
+    train_loader = loader("train", total_batch_size=config.total_batch_size)
+    ranks.print(f"found {len(train_loader.shards)} shards for split train")
+    val_loader = loader("val") if config.eval_every else None
+    if val_loader:
+        ranks.print(f"found {len(val_loader.shards)} shards for split val")
+    ranks.print(f"using device: {ranks.device}")
+    if tokens := config.max_tokens or config.max_epochs * train_loader.epoch_tokens:
+        max_steps = math.ceil(tokens / config.total_batch_size)
+        config = replace(config, max_steps=max_steps, max_tokens=0, max_epochs=0)
+    return config, train_loader, val_loader
+
+
+@contextlib.contextmanager
+def open_log(config: TrainConfig, ranks: Ranks, assert_held: Callable[[], None], step: int,
+             model: GPT, train_loader: DataLoaderLite) -> Iterator[RunLog]:
+    """Print what the run is and how long it will take, and yield its log."""
+    n_params = model.num_parameters()
+    peak, source = peak_flops(ranks.device, DTYPES[config.precision])
+    token_flops = flops_per_token(config.model, n_params, int(config.seq_len))
+    peak_seconds = config.total_batch_size * token_flops / (peak * ranks.world_size)
+    on_ranks = f" on each of {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+    ranks.print(f"{n_params:,} parameters, {config.precision}, a step is "
+                f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} "
+                f"tokens{on_ranks}, peak {peak / 1e12:.3g} TFLOP/s for MFU ({source})")
+    log = RunLog(Path(config.log_dir), ranks, assert_held, step, config.max_steps,
+                 log_every=config.log_every, patience=config.patience,
+                 warmup_steps=config.warmup_steps, vocab_size=config.model.vocab_size,
+                 step_tokens=config.total_batch_size, epoch_tokens=train_loader.epoch_tokens,
+                 peak_seconds=peak_seconds)
+    if step < config.max_steps and not log.should_stop_early:  # else no file may change
+        seconds = math.ceil((config.max_steps - step) * peak_seconds / TYPICAL_MFU)
+        advice = ""
+        if ranks.device.type == "cpu" and seconds > 3600:
+            advice = (": for a small model that trains in minutes, pass --config "
+                      "configs/laptop.yaml and a new --log_dir")
+        duration = datetime.timedelta(seconds=min(seconds, 10**13))
+        ranks.print(f"{config.max_steps - step:,} steps take about {duration} at "
+                    f"{TYPICAL_MFU:.0%} MFU{advice}")
+        if config.compile:
+            ranks.print("compiling the model in the first step (takes a minute or more)")
+        train_config = asdict(config)
+        log.log_start(train_config, commit=git_commit(), torch=torch.__version__,
+                      device=device_name(ranks.device), ranks=ranks.world_size)
+        if config.tensorboard or config.wandb_project:
+            log.open_trackers(config.wandb_project, train_config)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def git_commit() -> str | None:
+    """Return this repository's commit, with "-dirty" if files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def seed_dropout(*numbers: int) -> None:
-    """Seed PyTorch with (seed, step, micro_step, rank), hashed so that nearby values give unrelated streams."""
+    """Seed PyTorch with (seed, step, micro_step, rank), hashed so that nearby values give unrelated
+    streams."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 def is_due(every: int, step: int, finished: bool = False) -> bool:
-    """Return whether an action with the interval `every` (steps; 0: never) is due after `step` steps, or at the end."""
+    """Return whether an action with the interval `every` (steps; 0: never) is due after `step`
+    steps, or at the end."""
     return every > 0 and step > 0 and (step % every == 0 or finished)
+
+
+def assert_finite(step: int, description: str, *values: float) -> None:
+    """Raise UserError with the `description` of the values if one of them is infinite or NaN."""
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"step {step}: {description}, the run has diverged: rerun with a lower "
+                        f"--max_lr or --grad_clip or more --warmup_steps; it resumes from the last "
+                        f"checkpoint")
+
+
+def assert_finite_step(step: int, loss: float, grad_norm: float, scaler: torch.amp.GradScaler,
+                       ranks: Ranks) -> None:
+    """Raise UserError if step number `step` (from 0) has diverged; print a line if gradients
+    overflowed in fp16, which is normal while the loss scale can be lowered: the scaler then skips
+    the update."""
+    assert_finite(step, f"loss {loss}", loss)
+    if scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() >= 1:
+        ranks.print(f"step {step}: no update, the gradients overflow in fp16; loss scale now "
+                    f"{scaler.get_scale():g}")
+    else:
+        assert_finite(step, f"gradient norm {grad_norm}", grad_norm)
 
 
 if __name__ == "__main__":

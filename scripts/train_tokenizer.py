@@ -1,4 +1,5 @@
-"""Train a BPE tokenizer on text: python -m scripts.train_tokenizer --input my_texts --out my_tokenizer"""
+"""Train a BPE tokenizer on text:
+python -m scripts.train_tokenizer --input my_texts --out my_tokenizer"""
 
 import itertools
 import re
@@ -18,8 +19,8 @@ LONG_RUN = re.compile(r"\S{1000}|\s{1000}")
 
 @dataclass
 class TokenizerConfig(TextConfig):
-    """Settings of scripts.train_tokenizer. With the text settings of scripts.prepare it trains on the same train split;
-    pass --val_fraction 0 if the validation text is in separate files."""
+    """Settings of scripts.train_tokenizer. With the text settings of scripts.prepare it trains on
+    the same train split; pass --val_fraction 0 if the validation text is in separate files."""
 
     out: str  # output folder, new or empty
     vocab_size: int = 4096  # vocabulary size, including 256 bytes and <|endoftext|>
@@ -32,7 +33,8 @@ def main(config: TokenizerConfig) -> None:
         raise UserError(f"--max_bytes is {config.max_bytes}: must be at least 1")
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {config.out} exists and is not empty: choose another folder or delete it")
+        raise UserError(f"--out {config.out} exists and is not empty: "
+                        f"choose another folder or delete it")
     n_bytes = 0
 
     def train_texts() -> Iterator[str]:
@@ -45,8 +47,10 @@ def main(config: TokenizerConfig) -> None:
                     n_bytes += len(text.encode("utf-8", "replace"))
                     # Training time is quadratic in the length of text without a word boundary.
                     cuts = [0, *(match.end() for match in LONG_RUN.finditer(text)), len(text)]
-                    yield from (text[i:j].encode("utf-8", "replace").decode() for i, j in itertools.pairwise(cuts))
-                bar.total = round(n_bytes / fraction) if fraction else None  # estimated from the bytes read
+                    yield from (text[i:j].encode("utf-8", "replace").decode()
+                                for i, j in itertools.pairwise(cuts))
+                # Estimated from the bytes read.
+                bar.total = round(n_bytes / fraction) if fraction else None
                 bar.update(n_bytes - bar.n)
 
     tokenizer = Tokenizer.train(train_texts(), config.vocab_size)
@@ -56,7 +60,8 @@ def main(config: TokenizerConfig) -> None:
     tokenizer.save(out)
     print(f"{config.out}: {tokenizer.n_vocab:,} tokens learned from {n_bytes:,} bytes of text")
     if tokenizer.n_vocab < config.vocab_size:
-        print(f"fewer than the {config.vocab_size:,} requested: this text has no more pairs to merge")
+        print(f"fewer than the {config.vocab_size:,} requested: "
+              f"this text has no more pairs to merge")
 
 
 if __name__ == "__main__":

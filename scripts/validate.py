@@ -1,4 +1,5 @@
-"""Compare our GPT-2 with transformers' on the same weights: python -m scripts.validate --model gpt2 --prompt "Hi" """
+"""Compare our GPT-2 with transformers' on the same weights:
+python -m scripts.validate --model gpt2 --prompt "Hi" """
 
 import tempfile
 from dataclasses import dataclass
@@ -28,41 +29,47 @@ class ValidateConfig:
 
 
 def main(config: ValidateConfig) -> int:
-    """Print next tokens, greedy continuations and logit difference; return 0 if the models agree, else 1."""
+    """Print next tokens, greedy continuations and logit difference;
+    return 0 if the models agree, else 1."""
     if config.max_new_tokens < 1 or config.top < 1:
-        raise UserError(f"--max_new_tokens is {config.max_new_tokens} and --top is {config.top}: must be 1 or more")
+        raise UserError(f"--max_new_tokens is {config.max_new_tokens} and --top is {config.top}: "
+                        f"must be 1 or more")
     checkpoint = load_checkpoint(config.model)
-    model, tokenizer = GPT.from_checkpoint(checkpoint).eval(), Tokenizer(checkpoint.get("tokenizer") or "gpt2")
+    model = GPT.from_checkpoint(checkpoint).eval()
+    tokenizer = Tokenizer(checkpoint.get("tokenizer") or "gpt2")
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     prompt = tokenizer.encode(config.prompt, allow_special=True)
     if not 0 < len(prompt) < block_size or max(prompt) >= vocab_size:
-        raise UserError(f"--prompt has {len(prompt)} tokens: pass 1 or more, fewer than block_size {block_size}, "
-                        f"with ids below vocab_size {vocab_size}")
+        raise UserError(f"--prompt has {len(prompt)} tokens: pass 1 or more, fewer than block_size "
+                        f"{block_size}, with ids below vocab_size {vocab_size}")
     from transformers import GenerationConfig, GPT2LMHeadModel, logging  # takes seconds
 
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as tmp_dir:
         folder = Path(tmp_dir)
         if Path(config.model).is_file():
-            save_pretrained(checkpoint, folder)
+            save_pretrained({**checkpoint, "model": model.state_dict()}, folder)
         else:
             folder = resolve_model_dir(config.model)
         hf_model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    hf_model.generation_config = GenerationConfig()  # plain greedy decoding, whatever the folder says
+    # Plain greedy decoding, whatever the folder says.
+    hf_model.generation_config = GenerationConfig()
     idx = torch.tensor([prompt])  # (1, T)
     with torch.no_grad():
         our_logits, hf_logits = model(idx)[0], hf_model(idx).logits[0]  # (T, vocab_size)
     n = min(config.max_new_tokens, block_size - len(prompt))
     our_tokens = [token for token, in generate(model, [prompt], n, temperature=0)]
     hf_tokens = hf_model.generate(idx, do_sample=False, max_new_tokens=n)[0, len(prompt):].tolist()
-    for name, logits, tokens in (("ours", our_logits, our_tokens), ("transformers", hf_logits, hf_tokens)):
+    for name, logits, tokens in (("ours", our_logits, our_tokens),
+                                 ("transformers", hf_logits, hf_tokens)):
         print(f"{name}: {decode(tokenizer, prompt + tokens)!r}")
         probs, top_tokens = logits[-1].softmax(0).topk(min(config.top, vocab_size))
         for prob, token in zip(probs.tolist(), top_tokens.tolist(), strict=True):
             print(f"{prob:10.4%} {decode(tokenizer, [token])!r}")
     difference = (our_logits - hf_logits).abs().max().item()
     agree = difference <= TOLERANCE and our_tokens == hf_tokens
-    print(f"largest difference among {our_logits.numel():,} logits: {difference:.2e}, expected at most {TOLERANCE:g}")
+    print(f"largest difference among {our_logits.numel():,} logits: {difference:.2e}, "
+          f"expected at most {TOLERANCE:g}")
     print(f"the models {'agree' if agree else 'DISAGREE'}")
     return 0 if agree else 1
 

@@ -21,18 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "tests" / "data" / "coriolanus.txt"  # the first scenes of the play; 40 kB
 
 # A model that takes tens of milliseconds per step with GPT-2's vocabulary; in float32 on every CPU.
-TINY = ["--device", "cpu", "--precision", "float32", "--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd",
-        "16", "--seq_len", "32", "--micro_batch_size", "4", "--total_batch_size", "256", "--warmup_steps", "4",
-        "--max_lr", "1e-2", "--eval_tokens", "512", "--sample_tokens", "8"]
+TINY = ["--device", "cpu", "--precision", "float32", "--model.n_layer", "2", "--model.n_head", "2",
+        "--model.n_embd", "16", "--seq_len", "32", "--micro_batch_size", "4", "--total_batch_size",
+        "256", "--warmup_steps", "4", "--max_lr", "1e-2", "--eval_tokens", "512", "--sample_tokens",
+        "8"]
 TINY_BYTES = [*TINY, "--model.vocab_size", "256"]
-# A run of 12 steps with dropout. Its saves (steps 4, 8, 12) and its validations (2, 4, ...) do not all coincide.
-RUN = [*TINY_BYTES, "--model.dropout", "0.1", "--max_steps", "12", "--save_every", "4", "--eval_every", "2",
-       "--sample_every", "0"]
+# A run of 12 steps with dropout. Its saves (steps 4, 8, 12) and its validations (2, 4, ...) do not
+# all coincide.
+RUN = [*TINY_BYTES, "--model.dropout", "0.1", "--max_steps", "12", "--save_every", "4",
+       "--eval_every", "2", "--sample_every", "0"]
 
 
 def save_shards(folder: Path, tokens: np.ndarray, *ends: int) -> Path:
-    """Write two shards for train and one for val that end at these positions and at the end of `tokens`."""
-    for name, part in zip(("train_00000", "train_00001", "val_00000"), np.split(tokens, ends), strict=True):
+    """Write two shards for train and one for val that end at these positions and at the end of
+    `tokens`."""
+    names = ("train_00000", "train_00001", "val_00000")
+    for name, part in zip(names, np.split(tokens, ends), strict=True):
         np.save(folder / f"{name}.npy", part)
     return folder
 
@@ -47,7 +51,8 @@ def data_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def byte_data(tmp_path_factory) -> Path:
     """Return the same text as bytes, without a tokenizer: with TINY_BYTES a step takes 10 ms."""
-    return save_shards(tmp_path_factory.mktemp("bytes"), np.frombuffer(TEXT.read_bytes(), np.uint8), 20000, 32000)
+    tokens = np.frombuffer(TEXT.read_bytes(), np.uint8)
+    return save_shards(tmp_path_factory.mktemp("bytes"), tokens, 20000, 32000)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +64,8 @@ def uninterrupted_run(byte_data, tmp_path_factory) -> Path:
 
 
 def random_gpt2(folder: Path, **config) -> Path:
-    """Save a random GPT-2 of transformers, with weights large enough for distinct logits, and return its folder."""
+    """Save a random GPT-2 of transformers, with weights large enough for distinct logits, and
+    return its folder."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -75,33 +81,38 @@ def gpt2_folder(tmp_path_factory) -> Path:
 
 
 def command(*words: str) -> list[str]:
-    """Return the argv of `python …` with this interpreter, or of `torchrun …` as a module, which needs no PATH."""
+    """Return the argv of `python …` with this interpreter, or of `torchrun …` as a module, which
+    needs no PATH."""
     if words[0] == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     return [sys.executable, *words]
 
 
 def environment() -> dict[str, str]:
-    """Return this environment with one thread per process, so that equal work gives equal bits under any load."""
+    """Return this environment with one thread per process, so that equal work gives equal bits
+    under any load."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
 
 
 class Fork:
     """A command in a fork of a process that has imported PyTorch, which starts ten times as fast.
 
-    Otherwise it is as typed: a separate process runs `python -m <module>` or `python <file>` as __main__.
+    Otherwise it is as typed: a separate process runs `python -m <module>` or `python <file>` as
+    __main__.
     """
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.cli", "gpt.optim",
-                                    "gpt.checkpoint", "gpt.evaluation", "gpt.generation", "gpt.dataloader"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.cli",
+                                    "gpt.optim", "gpt.checkpoint", "gpt.evaluation",
+                                    "gpt.generation", "gpt.dataloader"])
 
     def __init__(self, *words: str | Path, **variables: str | int):
         self.words = [str(word) for word in words]
-        self.variables = {**environment(), **{name: str(value) for name, value in variables.items()}}
+        self.variables = environment() | {name: str(value) for name, value in variables.items()}
         self.folder = tempfile.TemporaryDirectory()
         self.streams = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
-        self.process = self.context.Process(target=self._run, args=(self.words, self.variables, *self.streams))
+        arguments = (self.words, self.variables, *self.streams)
+        self.process = self.context.Process(target=self._run, args=arguments)
         self.process.start()
         self.pid = self.process.pid
 
@@ -138,20 +149,23 @@ def run(*words: str | Path) -> subprocess.CompletedProcess:
     """Run a command and capture what it prints."""
     if words[0] == "-m":
         return Fork(*words).result()
-    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=240, capture_output=True,
-                          text=True)
+    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=240,
+                          capture_output=True, text=True)
 
 
-def start_ranks(count: int, *words: str | Path, rank_args: dict | None = None, **variables: str) -> list[Fork]:
-    """Start a command as `count` ranks of one process group, as a launcher other than torchrun does.
+def start_ranks(count: int, *words: str | Path, rank_args: dict | None = None,
+                **variables: str) -> list[Fork]:
+    """Start a command as `count` ranks of one process group, with torchrun's variables.
 
     rank_args: additional arguments by rank. variables: additional environment variables.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Fork(*words, *(rank_args or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count,
-                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables) for rank in range(count)]
+    variables = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": port, **variables}
+    return [Fork(*words, *(rank_args or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, **variables)
+            for rank in range(count)]
 
 
 def run_ranks(*args, **options) -> list[subprocess.CompletedProcess]:
@@ -161,18 +175,22 @@ def run_ranks(*args, **options) -> list[subprocess.CompletedProcess]:
 
 def workers(pid: int) -> list[int]:
     """Return the process ids of torchrun's workers, by rank."""
-    return sorted(map(int, subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()))
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return sorted(map(int, found.stdout.split()))
 
 
 def start(*words: str | Path, **options) -> subprocess.Popen:
-    """Start a command and return immediately; by default stdout and stderr can be read from one pipe."""
+    """Start a command and return immediately; by default stdout and stderr can be read from one
+    pipe."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
-    return subprocess.Popen(command(*map(str, words)), cwd=ROOT, env=environment(), text=True, **streams)
+    return subprocess.Popen(command(*map(str, words)), cwd=ROOT, env=environment(), text=True,
+                            **streams)
 
 
 def train(data_root: Path, log_dir: Path, *words: str | Path) -> subprocess.CompletedProcess:
     """Run `python -m scripts.train` with the tiny model and assert that it succeeds."""
-    done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY, *words)
+    done = run("-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY,
+               *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -181,24 +199,28 @@ def metrics(log_dir: Path, split: str) -> dict[int, dict]:
     """Return the records of a split in metrics.jsonl by step, without the speed."""
     records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
     mine = [record for record in records if record["split"] == split]
-    steps = {record["step"]: {k: v for k, v in record.items() if k != "tokens_per_s"} for record in mine}
+    steps = {record["step"]: {k: v for k, v in record.items() if k != "tokens_per_s"}
+             for record in mine}
     assert len(steps) == len(mine), "a step was logged twice"
     return steps
 
 
 def assert_same_results(reference: Path, log_dir: Path) -> None:
-    """Assert that two runs of RUN have equal records (except the speed) and weights, to the last bit."""
+    """Assert that two runs of RUN have equal records (except the speed) and weights, to the last
+    bit."""
     for split in ("train", "val"):
         assert metrics(log_dir, split) == metrics(reference, split)
     for name in ("model_00012.pt", "model_best.pt"):
-        weights, expected = (torch.load(folder / name)["model"] for folder in (log_dir, reference))
+        weights = torch.load(log_dir / name)["model"]
+        expected = torch.load(reference / name)["model"]
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[key], expected[key]) for key in weights), name
     assert not list(log_dir.glob(".*")), "temporary files left behind"
 
 
 def assert_user_error(done: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert exit status 2 and one or two lines, the last an error that contains `words`, without a traceback."""
+    """Assert exit status 2 and one or two lines, the last an error that contains `words`, without a
+    traceback."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert 1 <= len(lines) <= 2 and lines[-1].startswith("error: "), done.stderr

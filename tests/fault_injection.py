@@ -1,8 +1,9 @@
-"""Run scripts.train with one injected fault: FAULT="<place> <action>", such as FAULT="save SIGKILL".
+"""Run scripts.train with one fault: FAULT="<place> <action>", such as FAULT="save SIGKILL".
 
-Places: step (step 5 on the last rank), save (as model_00008.pt is renamed into place), evaluation (the third one).
-Actions: crash, error, full_disk, nan, drift (of the weights), or a signal that the process sends itself.
-A job that torchrun has restarted gets no fault.
+Places: step (at the end of step 5), evaluation (before the third one), both on the last rank; save
+(as model_00008.pt is renamed into place). Actions: crash, error, full_disk, nan (as the model's
+weights, in an evaluation), or a signal that the process sends itself. A job that torchrun has
+restarted gets no fault.
 """
 
 import itertools
@@ -16,12 +17,12 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from gpt.checkpoint import CheckpointManager  # noqa: E402
 from gpt.errors import UserError  # noqa: E402
 from scripts import cli, train  # noqa: E402
 
 PLACE, ACTION = os.environ["FAULT"].split()
 restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+is_last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 evaluations = itertools.count(1)
 
 
@@ -37,22 +38,21 @@ def inject(place, owner, name, is_due):
     setattr(owner, name, faulty)
 
 
-def act(owner):
+def act(model):
     if ACTION in ("crash", "error"):
         raise {"crash": RuntimeError, "error": UserError}[ACTION]("injected")
     if ACTION == "full_disk":  # no file can grow beyond 20 kB
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    elif ACTION in ("nan", "drift"):
+    elif ACTION == "nan":
         with torch.no_grad():
-            owner.model.wte.weight += {"nan": torch.nan, "drift": 1e-6}[ACTION]
+            model.wte.weight += torch.nan
     else:
         os.kill(os.getpid(), signal.Signals[ACTION])
 
 
-inject("step", CheckpointManager, "check_update",
-       lambda manager, step, *_: step == 5 and manager.dist.rank == manager.dist.world_size - 1)
+inject("step", train, "assert_finite_step", lambda step, *_: step == 5 and is_last_rank)
 inject("save", os, "replace", lambda source, target: Path(target).name == "model_00008.pt")
-inject("evaluation", train, "evaluate_loss", lambda *args: next(evaluations) == 3)
+inject("evaluation", train, "evaluate_loss", lambda *_: next(evaluations) == 3 and is_last_rank)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as without nohup
 
 if __name__ == "__main__":

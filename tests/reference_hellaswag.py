@@ -1,4 +1,5 @@
-"""Reference implementation of HellaSwag: one full row per ending, logits at every position. And random examples."""
+"""Reference implementation of HellaSwag: one full row per ending, logits at every position.
+And random examples."""
 
 import random
 
@@ -11,7 +12,8 @@ from tests.conftest import TEXT
 
 @torch.no_grad()
 def score_endings(model, tokenizer, examples):
-    """Return the summed and the mean loss of the tokens of each ending, in nats: (2, examples, 4)."""
+    """Return the summed and the mean loss of the tokens of each ending, in nats:
+    (2, examples, 4)."""
     scores = []
     for example in examples:
         context = tokenizer.encode(example.context)
@@ -30,8 +32,9 @@ def score_endings(model, tokenizer, examples):
 def make_examples(count, seed=0):
     """Return examples with HellaSwag's lengths; contexts and endings are random excerpts of a play.
 
-    A third are as long as those from ActivityNet, the others as those from WikiHow: contexts have 250 characters on
-    average and endings 130, which matches the size of hellaswag_val.jsonl, 12.2 MB for 10,042 examples.
+    A third are as long as those from ActivityNet, the others as those from WikiHow: contexts have
+    250 characters on average and endings 130, which matches the size of hellaswag_val.jsonl,
+    12.2 MB for 10,042 examples.
     """
     text, rng = " ".join(TEXT.read_text().split()), random.Random(seed)
 
@@ -42,5 +45,6 @@ def make_examples(count, seed=0):
     examples = []
     for i in range(count):
         context, ending = ((60, 250), (30, 120)) if i % 3 == 0 else ((150, 450), (60, 250))
-        examples.append(Example(excerpt(*context), [excerpt(*ending) for _ in range(4)], rng.randrange(4)))
+        examples.append(Example(excerpt(*context), [excerpt(*ending) for _ in range(4)],
+                                rng.randrange(4)))
     return examples

@@ -13,16 +13,18 @@ from gpt.model import GPT
 from scripts.bench import BenchConfig, main
 from tests.conftest import run
 
-SMALL = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32", "--seq_len", "32",
-         "--micro_batch_size", "2", "--total_batch_size", "128", "--model.vocab_size", "300", "--num_repeats", "2",
-         "--max_new_tokens", "4", "--device", "cpu"]
+SMALL = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32",
+         "--seq_len", "32", "--micro_batch_size", "2", "--total_batch_size", "128",
+         "--model.vocab_size", "300", "--num_repeats", "2", "--max_new_tokens", "4",
+         "--device", "cpu"]
 
 
 def test_flops_per_token_match_pytorchs_counter():
     """PyTorch's counter adds up the matmuls of a forward and a backward pass over all logits."""
     config = GPTConfig(block_size=256, vocab_size=5000, n_layer=3, n_head=4, n_embd=128)
     model, idx = GPT(config), torch.randint(5000, (2, 256))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch 2.11 counts no other on CPUs
+    with (FlopCounterMode(display=False) as counter,
+          sdpa_kernel(SDPBackend.MATH)):  # torch 2.11 counts no other on CPUs
         F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()).backward()
     expected = counter.get_total_flops() / idx.numel()
     # 6 N also counts position embeddings, biases and norms.
@@ -41,16 +43,20 @@ def test_bench_train_prints_consistent_numbers(tmp_path):
     assert table["batch"] == ["2", "x", "2", "x", "32"]
     peak, mfu, ms, rate, memory = (float(table[name][0]) for name in (
         "peak TFLOP/s", "MFU (%)", "ms/step", "tokens/s", "peak memory (GB)"))
-    n = GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32)).num_parameters()
+    config = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32)
+    n = GPT(config).num_parameters()
     assert table["parameters"] == [f"{n:,}"] and ms == pytest.approx(1e3 * 128 / rate, abs=0.1)
-    assert mfu == pytest.approx(100 * (6 * n + 12 * 2 * 32 * 32) * rate / (peak * 1e12), rel=0.01, abs=0.06)
+    flops = 6 * n + 12 * 2 * 32 * 32
+    assert mfu == pytest.approx(100 * flops * rate / (peak * 1e12), rel=0.01, abs=0.06)
     assert 0.05 < memory < 20
 
 
 def test_bench_generate_limit_scales_with_batch_and_dtype(tmp_path):
     table = bench("generate", tmp_path)
-    assert table["weights"] == ["float32"] * 2 + ["bfloat16"] * 2 and table["batch size"] == ["1", "16"] * 2
-    limits = list(map(float, table["limit (tokens/s)"]))  # all weights are read for a step of the whole batch
+    assert table["weights"] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert table["batch size"] == ["1", "16"] * 2
+    # all weights are read for a step of the whole batch
+    limits = list(map(float, table["limit (tokens/s)"]))
     assert limits[1:] == pytest.approx([16 * limits[0], 2 * limits[0], 32 * limits[0]], rel=1e-3)
     assert all(0 < float(tokens_per_s) < 1e6 for tokens_per_s in table["tokens/s"])
 
@@ -63,8 +69,9 @@ def test_measured_peak_flops_keeps_the_random_state():
 
 
 @pytest.mark.parametrize("gpu, peak", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12),
-    ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GH200 480GB", None),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GH200 480GB", None),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
 def test_datasheet_peak_does_not_match_similar_names(gpu, peak):
     assert (datasheet_peak(gpu) or (None,))[0] == peak

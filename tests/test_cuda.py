@@ -1,4 +1,5 @@
-"""Tests that need a CUDA GPU, on commands as typed: `make gpu-check`, or `python -m pytest -n0 -m cuda`."""
+"""Tests that need a CUDA GPU, on commands as typed:
+`make gpu-check`, or `python -m pytest -n0 -m cuda`."""
 
 import re
 import subprocess
@@ -15,21 +16,25 @@ from gpt.model import GPT
 from tests.conftest import ROOT, TINY, TINY_BYTES, assert_user_error, command, environment, metrics
 
 pytestmark = [pytest.mark.cuda,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU (make gpu-check)")]
+              pytest.mark.skipif(not torch.cuda.is_available(),
+                                 reason="needs a CUDA GPU (make gpu-check)")]
 
-CONSTANT_LR = ["--warmup_steps", "0", "--min_lr_ratio", "1"]  # a shorter run is then the beginning of a longer one
-TOLERANCE = 2e-2  # for losses near 10 in 16 bits: the order of a GPU's atomic additions differs from run to run
+# a shorter run is then the beginning of a longer one
+CONSTANT_LR = ["--warmup_steps", "0", "--min_lr_ratio", "1"]
+# for losses near 10 in 16 bits: the order of a GPU's atomic additions differs from run to run
+TOLERANCE = 2e-2
 
 
 def run_new(*words) -> subprocess.CompletedProcess:
     """Run a command in a process that has not inherited a CUDA context."""
-    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=200, capture_output=True,
-                          text=True)
+    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=200,
+                          capture_output=True, text=True)
 
 
 def train(data_root, log_dir, *words, launcher=("-m", "scripts.train")) -> str:
     """Train the tiny model on the GPU and return what it printed; must succeed."""
-    done = run_new(*launcher, "--data_root", data_root, "--log_dir", log_dir, *TINY, "--device", "cuda", *words)
+    done = run_new(*launcher, "--data_root", data_root, "--log_dir", log_dir, *TINY,
+                   "--device", "cuda", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cuda" in done.stdout
     return done.stdout
@@ -37,15 +42,18 @@ def train(data_root, log_dir, *words, launcher=("-m", "scripts.train")) -> str:
 
 def assert_same_losses(log_dir, other, train_steps, val_steps):
     for split, steps in (("train", train_steps), ("val", val_steps)):
-        losses, expected = ({step: record["loss"] for step, record in metrics(folder, split).items()}
-                            for folder in (log_dir, other))
+        losses, expected = (
+            {step: record["loss"] for step, record in metrics(folder, split).items()}
+            for folder in (log_dir, other))
         assert list(losses) == steps and losses == pytest.approx(expected, abs=TOLERANCE), split
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resumed_run_repeats_the_losses(data_root, tmp_path, precision):
-    """Optimizer, data order and, in fp16, the loss scale are restored. The model learns, and peak memory is logged."""
-    words = ["--precision", precision, "--compile", "false", "--eval_every", "3", "--sample_every", "0", *CONSTANT_LR]
+    """Optimizer, data order and, in fp16, the loss scale are restored.
+    The model learns, and peak memory is logged."""
+    words = ["--precision", precision, "--compile", "false", "--eval_every", "3",
+             "--sample_every", "0", *CONSTANT_LR]
     train(data_root, tmp_path / "whole", *words, "--max_steps", "6")
     train(data_root, tmp_path / "halves", *words, "--max_steps", "3")
     assert "resuming from" in train(data_root, tmp_path / "halves", *words, "--max_steps", "6")
@@ -58,32 +66,38 @@ def test_resumed_run_repeats_the_losses(data_root, tmp_path, precision):
 
 def test_compiled_model_trains_like_eager_model(data_root, tmp_path):
     """With Muon, validation, samples and a resume."""
-    words = ["--precision", "bf16", "--eval_every", "2", "--sample_every", "2", "--optimizer", "muon", *CONSTANT_LR]
+    words = ["--precision", "bf16", "--eval_every", "2", "--sample_every", "2",
+             "--optimizer", "muon", *CONSTANT_LR]
     train(data_root, tmp_path / "plain", *words, "--max_steps", "4", "--compile", "false")
-    printed = train(data_root, tmp_path / "compiled", *words, "--max_steps", "2", "--compile", "true")
-    printed += train(data_root, tmp_path / "compiled", *words, "--max_steps", "4", "--compile", "true")
+    printed = train(data_root, tmp_path / "compiled", *words, "--max_steps", "2",
+                    "--compile", "true")
+    printed += train(data_root, tmp_path / "compiled", *words, "--max_steps", "4",
+                     "--compile", "true")
     assert printed.count("--- sample at step") == 2 and printed.count("val loss") == 2
     assert_same_losses(tmp_path / "compiled", tmp_path / "plain", list(range(4)), [2, 4])
 
 
 def test_torchrun_trains_with_one_rank(data_root, tmp_path):
     """The defaults for precision and compilation, under torchrun."""
-    train(data_root, tmp_path, "--max_steps", "2", "--eval_every", "1", "--sample_every", "2", "--precision", "auto",
+    train(data_root, tmp_path, "--max_steps", "2", "--eval_every", "1", "--sample_every", "2",
+          "--precision", "auto",
           launcher=("torchrun", "--standalone", "--nproc_per_node=1", "-m", "scripts.train"))
     assert list(metrics(tmp_path, "train")) == [0, 1] and list(metrics(tmp_path, "val")) == [1, 2]
 
 
 def test_ddp_over_nccl_accumulates_the_same_gradients(tmp_path):
     """With one rank, in a separate process, gradients equal those of the model without DDP."""
-    done = run_new("-c", f"from tests.test_cuda import ddp_step; ddp_step({str(tmp_path)!r}, 'nccl', 'cuda')")
+    done = run_new("-c", "from tests.test_cuda import ddp_step; "
+                         f"ddp_step({str(tmp_path)!r}, 'nccl', 'cuda')")
     assert done.returncode == 0, done.stderr
 
 
 def ddp_step(folder: str, backend: str, device_type: str) -> None:
     """Assert that two micro-steps under DDP accumulate the gradients of one batch without it."""
     device = torch.device(device_type, 0)
-    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1,
-                                         device_id=device if device_type == "cuda" else None)
+    torch.distributed.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=0, world_size=1,
+        device_id=device if device_type == "cuda" else None)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32)).to(device)
     x, y = torch.randint(256, (2, 8, 32), device=device)
@@ -106,7 +120,8 @@ def ddp_step(folder: str, backend: str, device_type: str) -> None:
 def test_generate_with_kv_cache_equals_full_forward_passes():
     """Greedy, for prompts of different lengths: the KV cache changes the speed, not the text."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=32)).eval().to("cuda")
+    config = GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config).eval().to("cuda")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # logits that differ clearly
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
@@ -121,18 +136,23 @@ def test_generate_with_kv_cache_equals_full_forward_passes():
 
 def test_generate_command_runs_in_both_dtypes(data_root, tmp_path):
     """With a checkpoint of a run on the GPU."""
-    train(data_root, tmp_path, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0", "--compile", "false")
+    train(data_root, tmp_path, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0",
+          "--compile", "false")
     for dtype in ("float32", "bfloat16"):
-        done = run_new("-m", "scripts.generate", "--log_dir", tmp_path, "--prompt", "ROMEO:", "--num_samples", "2",
-                     "--max_new_tokens", "20", "--device", "cuda", "--dtype", dtype)
+        done = run_new("-m", "scripts.generate", "--log_dir", tmp_path, "--prompt", "ROMEO:",
+                       "--num_samples", "2", "--max_new_tokens", "20", "--device", "cuda",
+                       "--dtype", dtype)
         assert done.returncode == 0 and done.stdout.count("ROMEO:") == 2, done.stdout + done.stderr
 
 
 def test_out_of_memory_names_a_smaller_micro_batch_size(byte_data, tmp_path):
-    """8 million tokens per micro-batch at 1,024 dimensions need more than 300 GB; the first block alone exceeds 140."""
-    done = run_new("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path, *TINY_BYTES, "--device",
-                 "cuda", "--compile", "false", "--model.n_embd", "1024", "--micro_batch_size", 2**18,
-                 "--total_batch_size", 2**23, "--max_steps", "1", "--eval_every", "0", "--sample_every", "0")
+    """8 million tokens per micro-batch at 1,024 dimensions need more than 300 GB;
+    the first block alone exceeds 140."""
+    done = run_new("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path,
+                   *TINY_BYTES, "--device", "cuda", "--compile", "false",
+                   "--model.n_embd", "1024", "--micro_batch_size", 2**18,
+                   "--total_batch_size", 2**23, "--max_steps", "1", "--eval_every", "0",
+                   "--sample_every", "0")
     assert_user_error(done, "memory", "--micro_batch_size")
     named = re.findall(r"--micro_batch_size\D+(\d+)", done.stderr)
     assert any(int(number) < 2**18 for number in named), done.stderr

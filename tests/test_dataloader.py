@@ -1,6 +1,8 @@
 """gpt/dataloader.py: every sequence once per epoch, in an order that depends on the seed alone."""
 
+import os
 import re
+import resource
 import tracemalloc
 
 import numpy as np
@@ -15,32 +17,37 @@ from gpt.errors import UserError
 
 def make_shards(folder, lengths, split="train", dtype=np.uint16):
     """Write shards in which every token id is its position: 0, 1, 2, … through all shards."""
-    for index, tokens in enumerate(np.split(np.arange(sum(lengths), dtype=dtype), np.cumsum(lengths)[:-1])):
+    parts = np.split(np.arange(sum(lengths), dtype=dtype), np.cumsum(lengths)[:-1])
+    for index, tokens in enumerate(parts):
         np.save(folder / f"{split}_{index:05d}.npy", tokens)
 
 
 def sequence_starts(lengths, offset=0):
-    """Return the first token of each sequence of 8, in order: cuts start at `offset` in every shard."""
-    return [sum(lengths[:index]) + min(start + offset, length - 9) for index, length in enumerate(lengths)
-            for start in range(0, length - 8, 8)]
+    """Return the first token of each sequence of 8, in order: cuts start at `offset` in every
+    shard."""
+    return [sum(lengths[:index]) + min(start + offset, length - 9)
+            for index, length in enumerate(lengths) for start in range(0, length - 8, 8)]
 
 
 def loader(folder, **changes):
     arguments = dict(split="train", micro_batch_size=2, seq_len=8, vocab_size=50257)
-    return DataLoaderLite(folder, **{**arguments, **changes})
+    return DataLoaderLite(folder, **arguments | changes)
 
 
 def starts(batch):
-    """Return the first token of each sequence of a batch, after checking that targets are inputs shifted by one."""
+    """Return the first token of each sequence of a batch, after checking that targets are inputs
+    shifted by one."""
     x, y = batch
-    assert x.dtype == y.dtype == torch.int64 and torch.equal(x + 1, y)
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x + 1, y)
     return x[:, 0].tolist()
 
 
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(1, 1000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
 def test_permute_index_equals_its_formula(n, seed, epoch):
-    """A Feistel network in Python integers. The order must not change, so that old runs resume exactly."""
+    """A Feistel network in Python integers. The order must not change, so that old runs resume
+    exactly."""
     bits = next(bits for bits in range(1, 6) if n <= 4**bits)
 
     def permute(value):
@@ -53,34 +60,42 @@ def test_permute_index_equals_its_formula(n, seed, epoch):
         return value if value < n else permute(value)
 
     order = permute_index(np.arange(n), n, seed, epoch).tolist()
-    assert order == [permute(value) for value in range(n)] and sorted(order) == list(range(n))
+    assert order == [permute(value) for value in range(n)]
+    assert sorted(order) == list(range(n))
 
 
 @settings(deadline=None, max_examples=20)
 @given(lengths=st.lists(st.integers(0, 90), max_size=3).map(lambda lengths: [*lengths, 24]),
-       dtype=st.sampled_from([np.uint16, np.int64, np.uint64, ">u2"]), per_step=st.sampled_from([1, 3, 10]))
+       dtype=st.sampled_from([np.uint16, np.int64, np.uint64, ">u2"]),
+       per_step=st.sampled_from([1, 3, 10]))
 def test_epochs_visit_every_sequence_once(tmp_path_factory, lengths, dtype, per_step):
-    """For any shards (some too short for a sequence) and integer dtypes; np.save turns a list into int64."""
+    """For any shards (some too short for a sequence) and integer dtypes; np.save turns a list into
+    int64."""
     folder, expected = tmp_path_factory.mktemp("shards"), sequence_starts(lengths)
     make_shards(folder, lengths, dtype=dtype)
     train = loader(folder, micro_batch_size=per_step, total_batch_size=8 * per_step)
     seen = [start for step in range(3 * len(expected)) for start in starts(train.batch(step, 0))]
     assert sorted(seen[:len(expected)]) == expected
     for epoch in (1, 2):
-        in_epoch, offset = sorted(seen[epoch * len(expected):(epoch + 1) * len(expected)]), epoch_offset(8, 1337, epoch)
-        assert in_epoch == sequence_starts(lengths, offset)
+        in_epoch = sorted(seen[epoch * len(expected):(epoch + 1) * len(expected)])
+        assert in_epoch == sequence_starts(lengths, epoch_offset(8, 1337, epoch))
 
 
 def test_epoch_offset_moves_the_cuts_of_later_epochs(tmp_path):
-    """Each token is seen once per epoch, except the first ones of a shard and those of its last sequence."""
-    offsets = [epoch_offset(8, seed, epoch) for seed in range(20) for epoch in range(1, 20)]
-    assert set(offsets) == set(range(8)) and {epoch_offset(8, seed, 0) for seed in range(20)} == {0}
+    """Each token is seen once per epoch, except the first ones of a shard and those of its last
+    sequence."""
+    assert {epoch_offset(8, seed, 0) for seed in range(20)} == {0}
+    offsets = {epoch_offset(8, seed, epoch) for seed in range(20) for epoch in range(1, 20)}
+    assert offsets == set(range(8))
     make_shards(tmp_path, [100, 60])
     train = loader(tmp_path, micro_batch_size=19, total_batch_size=19 * 8)  # a step is an epoch
     for epoch in range(1, 6):
-        counts, offset = np.bincount(train.batch(epoch, 0)[0].flatten(), minlength=160), epoch_offset(8, 1337, epoch)
+        counts = np.bincount(train.batch(epoch, 0)[0].flatten(), minlength=160)
+        offset = epoch_offset(8, 1337, epoch)
         for shard in np.split(counts, [100]):
-            assert not shard[:offset].any() and (shard[offset:-9] == 1).all() and shard.max() <= 2
+            assert not shard[:offset].any()
+            assert (shard[offset:-9] == 1).all()
+            assert shard.max() <= 2
 
 
 def test_sequences_of_a_step_depend_on_seed_and_step_alone(tmp_path):
@@ -106,16 +121,17 @@ def test_eval_batches_cover_the_first_tokens_once(tmp_path):
     make_shards(tmp_path, [100, 60], split="val")
     for eval_tokens, count in [(1, 1), (80, 10), (87, 10), (10_000, 19)]:
         for world_size, micro_batch_size in [(1, 4), (3, 16), (25, 1)]:
-            ranks = [loader(tmp_path, split="val", micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
-                     for rank in range(world_size)]
+            ranks = [loader(tmp_path, split="val", micro_batch_size=micro_batch_size, rank=rank,
+                            world_size=world_size) for rank in range(world_size)]
             seen = [start for rank in ranks for batch in rank.eval_batches(eval_tokens)
-                    for start in starts(rank.load_batch(batch))]
+                    for start in starts(batch)]
             assert sorted(seen) == sequence_starts([100, 60])[:count]
 
 
 def test_large_shards_are_not_read_into_memory(tmp_path):
     """The first batch from 100 million tokens (200 MB) takes less than 1 MB."""
-    np.lib.format.open_memmap(tmp_path / "train_00000.npy", mode="w+", dtype=np.uint16, shape=(100_000_000,))
+    np.lib.format.open_memmap(tmp_path / "train_00000.npy", mode="w+", dtype=np.uint16,
+                              shape=(100_000_000,))
     tracemalloc.start()
     try:
         loader(tmp_path, seq_len=32).batch(0, 0)
@@ -124,17 +140,44 @@ def test_large_shards_are_not_read_into_memory(tmp_path):
         tracemalloc.stop()
 
 
+def test_more_shards_than_a_process_may_have_open_files(tmp_path):
+    make_shards(tmp_path, [9] * 300)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        seen = starts(loader(tmp_path, micro_batch_size=300).batch(0, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(seen) == list(range(0, 2700, 9))
+
+
+def test_batch_refuses_a_shard_that_changed_during_the_run(tmp_path):
+    """Otherwise a run would continue with other tokens than its checkpoints say."""
+    make_shards(tmp_path, [100])
+    train = loader(tmp_path)
+    train.batch(0, 0)
+    path = tmp_path / "train_00000.npy"
+    modified = path.stat().st_mtime_ns
+    np.save(path, np.arange(1, 101, dtype=np.uint16))
+    os.utime(path, ns=(modified, modified + 10**9))  # whatever the clock says
+    with pytest.raises(UserError, match="train_00000.npy has changed since the start of the run"):
+        train.batch(0, 0)
+
+
 @pytest.mark.parametrize("token, position", [(50257, 70), (-1, 3)])
 def test_batch_names_token_outside_the_vocabulary(tmp_path, token, position):
-    """Otherwise it would be an index error inside the embedding, which on a GPU aborts the process."""
+    """Otherwise it would be an index error inside the embedding, which on a GPU aborts the
+    process."""
     tokens = np.arange(100)
     tokens[position] = token
     np.save(tmp_path / "train_00000.npy", tokens)
-    with pytest.raises(UserError, match=f"train_00000.npy has token id {token} at position {position}"):
+    message = f"train_00000.npy has token id {token} at position {position}"
+    with pytest.raises(UserError, match=message):
         loader(tmp_path, micro_batch_size=12).batch(0, 0)
 
 
-@pytest.mark.parametrize("total, micro, seq_len, world_size", [(1008, 4, 8, 3), (1000, 4, 8, 3), (10, 4, 8, 1)])
+@pytest.mark.parametrize("total, micro, seq_len, world_size", [
+    (1008, 4, 8, 3), (1000, 4, 8, 3), (10, 4, 8, 1)])
 def test_grad_accum_steps_names_values_that_divide(total, micro, seq_len, world_size):
     with pytest.raises(UserError, match=f"total_batch_size {total} is not divisible") as refusal:
         grad_accum_steps(total, micro, seq_len, world_size)
@@ -142,6 +185,11 @@ def test_grad_accum_steps_names_values_that_divide(total, micro, seq_len, world_
     totals = re.search(r"--total_batch_size (\d+)(?: or (\d+))?", advice).groups()
     smaller = re.search(r"--micro_batch_size (\d+)", advice)
     assert bool(smaller) == (total % (seq_len * world_size) == 0)
-    assert all(grad_accum_steps(int(value), micro, seq_len, world_size) >= 1 for value in totals if value)
+    assert all(grad_accum_steps(int(value), micro, seq_len, world_size) >= 1
+               for value in totals if value)
     assert not smaller or grad_accum_steps(total, int(smaller[1]), seq_len, world_size) >= 1
-    assert grad_accum_steps(32768, 16, 256, 1) == 2 * grad_accum_steps(32768, 16, 256, 2) == 8  # the default run
+
+
+def test_grad_accum_steps_of_the_default_run():
+    assert grad_accum_steps(32768, 16, 256, world_size=1) == 8
+    assert grad_accum_steps(32768, 16, 256, world_size=2) == 4

@@ -1,10 +1,12 @@
 """gpt/device.py: what "auto" selects on machines that these tests do not run on."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from gpt.device import select_compile, select_device, select_precision
-from gpt.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -24,21 +26,22 @@ def test_auto_precision_on_a_gpu_follows_its_generation(monkeypatch, capability,
     assert select_precision("auto", GPU) == precision
 
 
-def test_auto_compiles_on_volta_and_later_with_a_compiler(monkeypatch):
+def test_auto_compiles_on_volta_and_later_with_triton_and_a_compiler(monkeypatch):
     """Slim containers have no compiler. On a CPU it compiles only if requested."""
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=r"--compile true needs a C compiler \(g\+\+ or clang\+\+\)"):
-        select_compile(True, CPU)
-    missing = "a C compiler"
-    monkeypatch.setattr("gpt.device.missing_for_compile", lambda device: missing)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert select_compile("auto", GPU) == (False, "torch.compile is off: it needs a C compiler")
-    missing = ""
-    assert select_compile("auto", GPU) == (True, "") == select_compile(True, CPU)
-    assert select_compile("auto", CPU) == (False, "") == select_compile(False, GPU)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    assert select_compile("auto", GPU) == (False, "")
+    def auto(*programs, capability=(7, 0), has_triton=True):
+        triton = SimpleNamespace(__spec__="installed") if has_triton else None
+        monkeypatch.setattr("shutil.which", lambda name: name if name in programs else None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setitem(sys.modules, "triton", triton)
+        return select_compile("auto", GPU)
+
+    monkeypatch.delenv("CC", raising=False)
+    assert auto("clang") is auto("gcc") is True
+    assert auto("gcc", capability=(6, 1)) is auto("gcc", has_triton=False) is auto() is False
+    monkeypatch.setenv("CC", "clang")
+    assert auto("clang") and not auto("gcc")
+    assert select_compile("auto", CPU) is select_compile(False, GPU) is False
+    assert select_compile(True, CPU) is True
 
 
 def test_auto_device_prefers_cuda_then_mps(monkeypatch):

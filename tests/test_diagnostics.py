@@ -27,8 +27,10 @@ def test_diagnose_warns_of_flat_loss():
     train = train_records([math.log(2048) - 0.05] * 150)
     message = diagnose(train[:100], [], 2048, warmup_steps=30)["flat"]
     assert "7.57" in message and "ln(2048) = 7.62" in message and "--max_lr" in message
-    assert diagnose(train[:99], [], 2048, warmup_steps=30) == diagnose(train, [], 2048, warmup_steps=200) == {}
-    assert diagnose(train_records([math.log(4) - 0.01] * 150), [], 4, 0) == {}  # data such as DNA stays near ln(4)
+    assert diagnose(train[:99], [], 2048, warmup_steps=30) == {}
+    assert diagnose(train, [], 2048, warmup_steps=200) == {}
+    # data such as DNA stays near ln(4)
+    assert diagnose(train_records([math.log(4) - 0.01] * 150), [], 4, 0) == {}
 
 
 def test_diagnose_warns_of_high_gradient_norm():
@@ -42,7 +44,8 @@ def test_diagnose_warns_of_high_gradient_norm():
 
 def test_diagnose_warns_of_overfitting():
     """The val loss rises three times in a row, and only if the training loss falls meanwhile."""
-    falling, rising = (train_records([6 + sign * step / 100 for step in range(250)]) for sign in (-1, 1))
+    falling, rising = (train_records([6 + sign * step / 100 for step in range(250)])
+                       for sign in (-1, 1))
     val = val_records([4.0, 3.5, 3.6, 3.7, 3.8])
     message = diagnose(falling, val, 50257, 0)["overfitting"]
     assert "from 3.5000 to 3.8000 since step 100" in message and "model_best.pt" in message

@@ -1,4 +1,5 @@
-"""gpt/generation.py: the KV cache, packed weights and sampling against reference implementations."""
+"""gpt/generation.py: the KV cache, packed weights and sampling
+against reference implementations."""
 
 import copy
 
@@ -6,7 +7,15 @@ import pytest
 import torch
 
 from gpt.config import GPTConfig
-from gpt.generation import CAN_PACK, KVCache, generate, generate_text, prepare_for_inference, sample, stream_text
+from gpt.generation import (
+    CAN_PACK,
+    KVCache,
+    generate,
+    generate_text,
+    prepare_for_inference,
+    sample,
+    stream_text,
+)
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
@@ -27,7 +36,8 @@ def columns(steps):
 
 @pytest.mark.parametrize("prompts", [[[1, 2], [3, 4]], [[1, 2, 3], [7], [*range(20)], [5] * 12]])
 def test_generate_equals_full_forward_passes_beyond_the_context(model, prompts):
-    """Prompts of equal and of different lengths in one batch, 30 new tokens with a context of 12."""
+    """Prompts of equal and of different lengths in one batch,
+    30 new tokens with a context of 12."""
     rows, generator = [list(prompt) for prompt in prompts], torch.Generator().manual_seed(3)
     for _ in range(30):
         logits = torch.stack([model(torch.tensor([row[-12:]]))[0, -1] for row in rows])
@@ -37,7 +47,8 @@ def test_generate_equals_full_forward_passes_beyond_the_context(model, prompts):
 
 
 def assert_same_logits(reference, model, tolerance):
-    """Compare a batch of prompts of different lengths and, through the KV cache, each of the next 7 tokens."""
+    """Compare a batch of prompts of different lengths and, through the KV cache,
+    each of the next 7 tokens."""
     rows = [[*range(1, 6)], [7], [9, 8, 7]]
     cache = KVCache(model, len(rows), 12)
     with torch.no_grad():
@@ -60,24 +71,29 @@ def test_packed_weights_give_the_same_logits(model, dtype, tolerance):
     packed = copy.deepcopy(model)
     prepare_for_inference(packed, dtype)
     # No matrix is stored twice, except the tied embedding.
-    assert all(name.startswith(("wte", "wpe")) or p.ndim == 1 for name, p in packed.named_parameters())
+    assert all(name.startswith(("wte", "wpe")) or p.ndim == 1
+               for name, p in packed.named_parameters())
     assert "lm_head" in vars(packed)
     assert_same_logits(model, packed, tolerance)
 
 
 def test_generate_processes_each_token_once(model):
     shapes = []
-    with model.h[0].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[:2]))):
+    with model.h[0].register_forward_hook(
+            lambda module, args, out: shapes.append(tuple(out.shape[:2]))):
         list(generate(model, [[1, 2, 3], [4]], 8))
     assert shapes == [(2, 3)] + [(2, 1)] * 7
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p, n_kept", [
-    (1.0, 0, 1.0, 5), (0.5, 0, 1.0, 5), (2.0, 3, 1.0, 3), (1.0, 99, 1.0, 5), (1.0, 0, 0.8, 3), (1.0, 0, 0.01, 1)])
+    (1.0, 0, 1.0, 5), (0.5, 0, 1.0, 5), (2.0, 3, 1.0, 3), (1.0, 99, 1.0, 5), (1.0, 0, 0.8, 3),
+    (1.0, 0, 0.01, 1)])
 def test_sample_frequencies_match_the_formula(temperature, top_k, top_p, n_kept):
-    """softmax(logits / temperature) over the n most likely tokens; they have .55, .20, .12, .07 and .05 (for top_p)."""
+    """softmax(logits / temperature) over the n most likely tokens;
+    they have .55, .20, .12, .07 and .05 (for top_p)."""
     logits = torch.tensor([2.0, 0.5, 1.0, -0.5, 0.0])
-    expected = torch.where(logits >= logits.sort(descending=True)[0][n_kept - 1], logits / temperature, -torch.inf)
+    least = logits.sort(descending=True)[0][n_kept - 1]
+    expected = torch.where(logits >= least, logits / temperature, -torch.inf)
     expected = expected.softmax(0)
     generator = torch.Generator().manual_seed(0)
     sampled = torch.tensor(sample(logits.expand(20_000, 5), temperature, top_k, top_p, generator))
@@ -99,10 +115,12 @@ def test_generate_depends_on_the_seed_alone(model):
 
 
 def test_stop_token_ends_only_its_own_sample(model):
-    """It is repeated there; other samples are unchanged, and the iterator ends when all have reached it."""
+    """It is repeated there; other samples are unchanged,
+    and the iterator ends when all have reached it."""
     free = columns(generate(model, [[1], [2], [3]], 25, seed=1))
     stop = free[0][3]
-    for row, expected in zip(columns(generate(model, [[1], [2], [3]], 25, seed=1, stop_token=stop)), free, strict=True):
+    stopped = columns(generate(model, [[1], [2], [3]], 25, seed=1, stop_token=stop))
+    for row, expected in zip(stopped, free, strict=True):
         end = expected.index(stop) + 1 if stop in expected else 25
         assert row == expected[:end] + [stop] * (25 - end)
     alone = [token for token, in generate(model, [[1]], 25, seed=1)]
@@ -121,9 +139,12 @@ def test_generate_restores_training_mode_when_abandoned(model):
 
 
 def scripted_model(ids):
-    """Return a model with a padded vocabulary whose most likely token at position i is ids[i] in any context."""
-    model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=1, n_head=1, n_embd=32)).requires_grad_(False)
-    for weight in (model.h[0].attn.c_proj.weight, model.h[0].mlp.c_proj.weight, model.wte.weight, model.wpe.weight):
+    """Return a model with a padded vocabulary
+    whose most likely token at position i is ids[i] in any context."""
+    model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=1, n_head=1, n_embd=32))
+    model.requires_grad_(False)
+    for weight in (model.h[0].attn.c_proj.weight, model.h[0].mlp.c_proj.weight,
+                   model.wte.weight, model.wpe.weight):
         weight.zero_()
     for position, token in enumerate(ids):
         model.wpe.weight[position, position] = 2.0
@@ -133,10 +154,12 @@ def scripted_model(ids):
 
 def test_stream_text_yields_whole_characters_and_hides_end_of_text():
     tokenizer, text = Tokenizer(), "naïve 東京 🙂"
-    ids = [*tokenizer.encode(text), 50300, tokenizer.end_of_text]  # 50300: beyond the tokenizer's vocabulary
+    # 50300: beyond the tokenizer's vocabulary
+    ids = [*tokenizer.encode(text), 50300, tokenizer.end_of_text]
     model = scripted_model(ids)
     pieces = [piece for piece, in stream_text(model, tokenizer, ["A"], 31, temperature=0)]
     assert "".join(pieces) == "A" + text and "\ufffd" not in "".join(pieces)
     assert len(pieces) == 1 + len(ids) + 1  # the prompt, one per token, the remainder
     half = next(i for i in range(len(ids)) if tokenizer.decode(ids[:i]).endswith("\ufffd"))
-    assert generate_text(model, tokenizer, ["A"], half, temperature=0) == ["A" + tokenizer.decode(ids[:half])]
+    expected = "A" + tokenizer.decode(ids[:half])
+    assert generate_text(model, tokenizer, ["A"], half, temperature=0) == [expected]

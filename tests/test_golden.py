@@ -22,9 +22,11 @@ def test_train_repeats_golden_losses(byte_data, tmp_path):
 
 def test_dataloader_repeats_golden_order(byte_data):
     """For seed 1337 and the 998 sequences of this data, in the first and in the second epoch."""
-    loader = DataLoaderLite(byte_data, "train", micro_batch_size=4, seq_len=32, vocab_size=256, total_batch_size=256)
+    loader = DataLoaderLite(byte_data, "train", micro_batch_size=4, seq_len=32, vocab_size=256,
+                            total_batch_size=256)
     first, offsets = loader.sequences_at(np.arange(12))
-    assert first.tolist() == [921, 400, 846, 413, 67, 801, 523, 573, 906, 270, 835, 268] and not offsets.any()
+    assert first.tolist() == [921, 400, 846, 413, 67, 801, 523, 573, 906, 270, 835, 268]
+    assert not offsets.any()
     second, offsets = loader.sequences_at(np.arange(998, 1004))
     assert second.tolist() == [601, 435, 904, 770, 655, 480] and offsets.tolist() == [27] * 6
 
@@ -34,5 +36,6 @@ def test_prepare_repeats_golden_tokens(tmp_path):
     prepare.main(prepare.PrepareConfig(input=[str(TEXT)], out=str(tmp_path / "out")))
     shard = np.load(tmp_path / "out" / "train_00000.npy")
     assert shard.dtype == np.uint16
-    assert shard[:15].tolist() == [50256, 5962, 22307, 25, 198, 8421, 356, 5120, 597, 2252, 11, 3285, 502, 2740, 13]
+    assert shard[:15].tolist() == [50256, 5962, 22307, 25, 198, 8421, 356, 5120,
+                                   597, 2252, 11, 3285, 502, 2740, 13]
     assert len(shard) + len(np.load(tmp_path / "out" / "val_00000.npy")) == 12_099

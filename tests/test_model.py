@@ -11,8 +11,9 @@ from gpt.config import GPT2_CONFIGS, GPTConfig
 from gpt.model import GPT, attention
 
 
-@pytest.mark.parametrize("size, parameters", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
-                                              ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+@pytest.mark.parametrize("size, parameters", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
+    ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
 def test_num_parameters_equals_the_released_model(size, parameters):
     """The tied embedding is counted once."""
     with torch.device("meta"):
@@ -20,7 +21,8 @@ def test_num_parameters_equals_the_released_model(size, parameters):
 
 
 def transposed(name, tensor):
-    """Return a tensor as transformers' Conv1D stores it: the four matrices of a block are (in, out)."""
+    """Return a tensor as transformers' Conv1D stores it:
+    the four matrices of a block are (in, out)."""
     return tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
 
 
@@ -32,9 +34,10 @@ def test_logits_loss_and_gradients_equal_transformers(n_layer, n_head, n_embd, b
     model = GPT(GPTConfig(block_size, 211, n_layer, n_head, n_embd))
     for parameter in model.parameters():  # away from the small initial values, biases and norms too
         torch.nn.init.normal_(parameter, mean=0.02, std=0.3)
-    hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=block_size, n_embd=n_embd, n_layer=n_layer,
-                                          n_head=n_head)).eval()
-    hf_model.transformer.load_state_dict({name: transposed(name, p) for name, p in model.state_dict().items()})
+    hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=block_size, n_embd=n_embd,
+                                          n_layer=n_layer, n_head=n_head)).eval()
+    hf_model.transformer.load_state_dict(
+        {name: transposed(name, p) for name, p in model.state_dict().items()})
     hf_model.tie_weights()
     idx = torch.randint(211, (B, T + 1))
     loss, logits = model(idx[:, :-1], idx[:, 1:]), model(idx[:, :-1])
@@ -50,7 +53,8 @@ def test_logits_loss_and_gradients_equal_transformers(n_layer, n_head, n_embd, b
 
 
 def test_initial_weights_follow_gpt2():
-    """Standard deviation 0.02, in residual projections 0.02 / sqrt(2 n_layer): the first loss is ln(vocab_size)."""
+    """Standard deviation 0.02, in residual projections 0.02 / sqrt(2 n_layer):
+    the first loss is ln(vocab_size)."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=5000, n_layer=8, n_head=4, n_embd=128))
     for name, value in model.state_dict().items():
@@ -67,7 +71,8 @@ def test_initial_weights_follow_gpt2():
 
 def small_model(**changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16) | changes))
+    defaults = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
+    return GPT(GPTConfig(**(defaults | changes)))
 
 
 def test_dropout_is_off_in_eval_mode():
@@ -77,9 +82,11 @@ def test_dropout_is_off_in_eval_mode():
     assert torch.equal(model(idx), model(idx))
 
 
-@pytest.mark.parametrize("T, D, masked", [(1, 8, False), (64, 8, False), (65, 8, False), (40, 16, True)])
+@pytest.mark.parametrize("T, D, masked", [(1, 8, False), (64, 8, False), (65, 8, False),
+                                          (40, 16, True)])
 def test_attention_under_cpu_autocast_equals_the_formula(T, D, masked):
-    """Up to 8 * D tokens use another kernel than longer or masked sequences; both are within bfloat16 rounding."""
+    """Up to 8 * D tokens use another kernel than longer or masked sequences;
+    both are within bfloat16 rounding."""
     torch.manual_seed(T)
     q, k, v, grad = torch.randn(4, 2, 3, T, D, dtype=torch.float64)
     mask = torch.rand(2, 1, T, T) < 0.5 if masked else torch.ones(T, T, dtype=torch.bool)
@@ -96,7 +103,8 @@ def test_attention_under_cpu_autocast_equals_the_formula(T, D, masked):
 
 
 def test_attention_under_cpu_autocast_applies_dropout():
-    """Half of the attention weights are zero and the others doubled: with all values 1 the mean stays 1."""
+    """Half of the attention weights are zero and the others doubled:
+    with all values 1 the mean stays 1."""
     q, v = torch.zeros(4, 4, 32, 8), torch.ones(4, 4, 32, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(attention(q, q, v), v.bfloat16())

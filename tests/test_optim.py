@@ -30,8 +30,8 @@ def backward(model, step):
 
 def test_get_lr_warms_up_and_follows_half_a_cosine():
     quarter = 6e-5 + 5.4e-4 * 0.5 * (1 + math.cos(math.pi / 4))
-    for step, expected in [(0, 6e-6), (49, 3e-4), (99, 6e-4), (100, 6e-4), (325, quarter), (550, 3.3e-4), (1000, 6e-5),
-                           (5000, 6e-5)]:
+    for step, expected in [(0, 6e-6), (49, 3e-4), (99, 6e-4), (100, 6e-4), (325, quarter),
+                           (550, 3.3e-4), (1000, 6e-5), (5000, 6e-5)]:
         assert get_lr(step, **SCHEDULE) == pytest.approx(expected), step
     assert get_lr(0, **{**SCHEDULE, "warmup_steps": 0}) == pytest.approx(6e-4)
     assert get_lr(5, max_lr=1, min_lr_ratio=0, warmup_steps=5, max_steps=5) == 1
@@ -43,7 +43,8 @@ def test_adamw_follows_its_formula():
     model = make_model()
     optimizer = configure_optimizer(model, "adamw", **SETTINGS)
     w = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    m, v = {n: torch.zeros_like(t) for n, t in w.items()}, {n: torch.zeros_like(t) for n, t in w.items()}
+    m = {n: torch.zeros_like(t) for n, t in w.items()}
+    v = {n: torch.zeros_like(t) for n, t in w.items()}
     for t in range(1, 4):
         backward(model, t)
         for name, p in model.named_parameters():
@@ -63,25 +64,29 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, not_decayed, muon = ([names[id(p)] for p in group["params"]] for group in groups)
     assert decayed == ["wte.weight", "wpe.weight"] and groups[1]["weight_decay"] == 0
-    assert sorted(muon) == sorted(f"h.{i}.{matrix}.weight" for i in range(2)
-                                  for matrix in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert sorted(muon) == sorted(f"h.{i}.{matrix}.weight"
+                                  for i in range(2) for matrix in matrices)
     assert sorted(decayed + not_decayed + muon) == sorted(names.values())
 
 
 def test_muon_with_adamw_updates_like_two_separate_optimizers(monkeypatch):
-    """With PyTorch's five iterations, its Muon on separate query, key and value matrices; state reloaded midway."""
+    """With PyTorch's five iterations, its Muon on separate query, key and value matrices;
+    state reloaded midway."""
     monkeypatch.setattr(optim, "NEWTON_SCHULZ", 5 * [(3.4445, -4.7750, 2.0315)])
     model = make_model()
     optimizer = configure_optimizer(model, "muon", **SETTINGS)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    parts = {name: [nn.Parameter(part.clone()) for part in (tensor.split(8) if "c_attn.weight" in name else [tensor])]
+    parts = {name: [nn.Parameter(part.clone())
+                    for part in (tensor.split(8) if "c_attn.weight" in name else [tensor])]
              for name, tensor in start.items()}
     in_muon = [p for name in parts for p in parts[name] if name.startswith("h.") and p.dim() == 2]
     adamw = [p for name in parts for p in parts[name] if not any(p is matrix for matrix in in_muon)]
-    references = [torch.optim.Muon(in_muon, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW([{"params": [p for p in adamw if p.dim() > 1]},
-                                     {"params": [p for p in adamw if p.dim() == 1], "weight_decay": 0}],
-                                    lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))]
+    references = [
+        torch.optim.Muon(in_muon, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": [p for p in adamw if p.dim() > 1]},
+                           {"params": [p for p in adamw if p.dim() == 1], "weight_decay": 0}],
+                          lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))]
     for step in range(4):
         if step == 2:
             state = copy.deepcopy(optimizer.state_dict())
@@ -89,21 +94,25 @@ def test_muon_with_adamw_updates_like_two_separate_optimizers(monkeypatch):
             optimizer.load_state_dict(state)
         backward(model, step)
         for name, p in model.named_parameters():
-            for part, grad in zip(parts[name], p.grad.split(8) if "c_attn.weight" in name else [p.grad], strict=True):
+            grads = p.grad.split(8) if "c_attn.weight" in name else [p.grad]
+            for part, grad in zip(parts[name], grads, strict=True):
                 part.grad = grad.clone()
         for each in (optimizer, *references):
             each.step()
     for name, p in model.named_parameters():
         change, expected = p - start[name], torch.cat(parts[name]) - start[name]
-        assert (change - expected).norm() < 0.1 * expected.norm(), name  # bfloat16, and small singular values
+        # bfloat16, and small singular values
+        assert (change - expected).norm() < 0.1 * expected.norm(), name
 
 
 def test_orthogonalize_keeps_singular_vectors_and_levels_their_values():
-    u, v = (torch.linalg.qr(torch.randn(3, n, 16, generator=torch.Generator().manual_seed(n)))[0] for n in (16, 40))
+    u, v = (torch.linalg.qr(torch.randn(3, n, 16, generator=torch.Generator().manual_seed(n)))[0]
+            for n in (16, 40))
     values = torch.logspace(-1.5, 0, 16)
     orthogonal = orthogonalize(5 * u * values @ v.mT)
     levelled = u.mT @ orthogonal @ v
     assert (levelled - torch.diag_embed(levelled.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
-    assert levelled.diagonal(dim1=1, dim2=2).min() > 0.72 and levelled.diagonal(dim1=1, dim2=2).max() < 1.28
+    assert levelled.diagonal(dim1=1, dim2=2).min() > 0.72
+    assert levelled.diagonal(dim1=1, dim2=2).max() < 1.28
     rank_one = (u[:, :, :1] @ v[:, :, :1].mT).bfloat16()
     assert torch.linalg.matrix_norm(orthogonalize(rank_one).float(), 2).max() < 1.3

@@ -11,7 +11,16 @@ import pytest
 import yaml
 
 from gpt.errors import UserError
-from scripts.plot import PlotConfig, Run, axis_limits, legend_labels, main, moving_average, plot_runs, read_run
+from scripts.plot import (
+    PlotConfig,
+    Run,
+    axis_limits,
+    legend_labels,
+    main,
+    moving_average,
+    plot_runs,
+    read_run,
+)
 from tests.conftest import ROOT, TINY_BYTES, metrics, train
 
 
@@ -21,9 +30,11 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def make_run(name: str, steps: int = 40, val: dict[int, float] | None = None, **settings) -> Run:
-    """Write and read a run of 1,000 tokens per step; training loss falls from 5 to 3, and one gradient norm is null."""
-    records = [{"step": step, "split": "train", "loss": 3 + 2 * 0.8 ** step, "lr": 6e-4, "tokens_per_s": 5000.5,
-                "grad_norm": None if step == 7 else 1.0} for step in range(steps)]
+    """Write and read a run of 1,000 tokens per step;
+    training loss falls from 5 to 3, and one gradient norm is null."""
+    records = [{"step": step, "split": "train", "loss": 3 + 2 * 0.8 ** step, "lr": 6e-4,
+                "tokens_per_s": 5000.5, "grad_norm": None if step == 7 else 1.0}
+               for step in range(steps)]
     val = {10: 4.25, 20: 3.5, 30: 3.75} if val is None else val
     records += [{"step": step, "split": "val", "loss": loss} for step, loss in val.items()]
     folder = Path(name)
@@ -36,12 +47,15 @@ def make_run(name: str, steps: int = 40, val: dict[int, float] | None = None, **
 
 def test_plot_draws_a_run_of_scripts_train_without_importing_torch(byte_data, tmp_path):
     train(byte_data, tmp_path / "log", *TINY_BYTES, "--max_steps", "6", "--eval_every", "2")
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "scripts.plot", "--x", "tokens"], text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "scripts.plot", "--x", "tokens"],
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     best = min(metrics(tmp_path / "log", "val").values(), key=lambda record: record["loss"])
-    assert done.stdout == f"log/plot.png | log: best val loss {best['loss']:.4f} at step {best['step']}\n"
+    assert done.stdout == (f"log/plot.png | log: best val loss {best['loss']:.4f} "
+                           f"at step {best['step']}\n")
     assert Path("log/plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "matplotlib" in done.stderr.split() and "torch" not in done.stderr.split()  # the imported modules
+    modules = done.stderr.split()  # the imported modules
+    assert "matplotlib" in modules and "torch" not in modules
 
 
 def test_extension_selects_the_image_format(capsys):
@@ -60,7 +74,8 @@ def test_curves_are_at_the_steps_or_tokens_of_their_records(x, scale):
     np.testing.assert_allclose(raw.get_xdata(), np.arange(40) * scale)
     np.testing.assert_allclose(raw.get_ydata(), 3 + 2 * 0.8 ** np.arange(40))
     np.testing.assert_allclose(smooth.get_xdata(), np.arange(1, 39) * scale)  # windows of 3 steps
-    np.testing.assert_allclose(val.get_xydata(), [[10 * scale, 4.25], [20 * scale, 3.5], [30 * scale, 3.75]])
+    np.testing.assert_allclose(val.get_xydata(),
+                               [[10 * scale, 4.25], [20 * scale, 3.5], [30 * scale, 3.75]])
     np.testing.assert_allclose(star.get_xydata(), [[20 * scale, 3.5]])
     assert [text.get_text() for text in panels[0].texts] == ["3.5000"]
     assert [set(panel.lines[0].get_ydata()) for panel in panels[1:]] == [{6e-4}, {1.0}, {5000.5}]
@@ -69,14 +84,16 @@ def test_curves_are_at_the_steps_or_tokens_of_their_records(x, scale):
 def test_moving_average_is_the_mean_of_full_windows_and_keeps_a_straight_line():
     y = np.random.default_rng(0).normal(4, 1, 1000)
     np.testing.assert_allclose(moving_average(y), [y[i:i + 41].mean() for i in range(960)])
-    np.testing.assert_allclose(moving_average(np.arange(1000)), np.arange(20, 980))  # no lag, no bend at the ends
+    # no lag, no bend at the ends
+    np.testing.assert_allclose(moving_average(np.arange(1000)), np.arange(20, 980))
 
 
 def test_axis_limits_leave_out_first_steps_and_spikes():
     steps = np.arange(20_000)
     loss = 3 + 8 * np.exp(-steps / 300)
     loss[15_000:15_100] = 100
-    low, high = axis_limits([(steps, loss), (np.array([0, 10_000, 20_000]), np.array([11, 3.1, 2.9]))])
+    low, high = axis_limits([(steps, loss),
+                             (np.array([0, 10_000, 20_000]), np.array([11, 3.1, 2.9]))])
     assert 2.7 < low < 2.9 and loss[1200] < high < 4
     low, high = axis_limits([(np.arange(3), np.array([11.0, 9.0, 8.0]))])
     assert low < 8 and high > 11  # all three steps are visible
@@ -87,9 +104,11 @@ def test_legend_has_best_loss_and_the_settings_that_differ():
             make_run("b", model={"n_layer": 4, "n_embd": 16}, max_lr=0.001, val={})]
     assert legend_labels(runs) == [" a: best val loss 3.5000 at step 20, n_layer=2, max_lr=0.0006",
                                    " b: no validation loss, n_layer=4, max_lr=0.001"]
-    long, short = dict.fromkeys("uvwxyz", "/a/long/path/to/the/data"), dict.fromkeys("uvwxyz", "data")
+    long = dict.fromkeys("uvwxyz", "/a/long/path/to/the/data")
+    short = dict.fromkeys("uvwxyz", "data")
     label, _ = legend_labels([make_run("c", **long), make_run("d", **short)])
-    assert label.startswith(" c: best val loss 3.5000 at step 20, u=…ong/path/to/the/data, v=…ong")
+    assert label.startswith(" c: best val loss 3.5000 at step 20, "
+                            "u=…ong/path/to/the/data, v=…ong")
     assert label.endswith(", …") and len(label) <= 116
 
 
@@ -99,8 +118,10 @@ def test_figure_has_no_overlaps_and_one_style_per_run(count):
                          for i in range(count)], "steps")
     figure.draw_without_rendering()
     [legend] = figure.legends
-    assert [text.get_text().split(":")[0] for text in legend.get_texts()] == [f" _{i}" for i in range(count)]
-    assert len({(line.get_color(), line.get_linestyle()) for line in legend.legend_handles}) == count
+    names = [text.get_text().split(":")[0] for text in legend.get_texts()]
+    assert names == [f" _{i}" for i in range(count)]
+    styles = {(line.get_color(), line.get_linestyle()) for line in legend.legend_handles}
+    assert len(styles) == count
     boxes = [legend.get_window_extent(), *(panel.get_tightbbox() for panel in figure.axes)]
     for i, box in enumerate(boxes):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
@@ -120,8 +141,10 @@ def test_main_plots_incomplete_runs(capsys):
 @pytest.mark.parametrize("config, message", [
     (PlotConfig(["a", "empty"]), "no losses in empty/metrics.jsonl: pass the log_dir of a run"),
     (PlotConfig(["nope"]), "no losses in nope/metrics.jsonl: pass the log_dir of a run"),
-    (PlotConfig(["a"], out="x.docx"), "x.docx has an unknown extension: expected .png, .jpg, .pdf, .svg"),
-    (PlotConfig(["a"], x="tokens"), "no total_batch_size in a/config.yaml for --x tokens: pass --x steps")])
+    (PlotConfig(["a"], out="x.docx"),
+     "x.docx has an unknown extension: expected .png, .jpg, .pdf, .svg"),
+    (PlotConfig(["a"], x="tokens"),
+     "no total_batch_size in a/config.yaml for --x tokens: pass --x steps")])
 def test_main_names_the_problem(config, message):
     make_run("a"), Path("empty").mkdir(), Path("a/config.yaml").unlink()
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,5 @@
-"""scripts.prepare: documents of any format, and identical shards for any workers and interruptions."""
+"""scripts.prepare: documents of any format,
+and identical shards for any workers and interruptions."""
 
 import csv
 import errno
@@ -43,7 +44,8 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 def read_split(folder: Path, split: str) -> list[int]:
-    return np.concatenate([np.load(path) for path in sorted(folder.glob(f"{split}_*.npy"))]).tolist()
+    paths = sorted(folder.glob(f"{split}_*.npy"))
+    return np.concatenate([np.load(path) for path in paths]).tolist()
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -71,13 +73,13 @@ def as_csv(path: Path, texts: list[str]) -> Path:
     return path
 
 
-STRANGE = ["NA", "null", "1234", "a\r\nb\r", "  two spaces  ", "naïve 東京 🙂", "<|endoftext|> is a token", "x" * 3000,
-           "\ufeffmark"]
+STRANGE = ["NA", "null", "1234", "a\r\nb\r", "  two spaces  ", "naïve 東京 🙂",
+           "<|endoftext|> is a token", "x" * 3000, "\ufeffmark"]
 TEXTS = [*SPEECHES[:60], *STRANGE]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "pretty.json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "json.zst",
-                                  "two members.jsonl.gz", "mixed.jsonl"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "pretty.json", "csv", "parquet", "jsonl.gz",
+                                  "jsonl.zst", "json.zst", "two members.jsonl.gz", "mixed.jsonl"])
 def test_prepare_keeps_documents_unchanged_in_every_format(tmp_path, kind):
     """Readers must not change, lose or split a text."""
     path, lines = tmp_path / f"texts.{kind}", jsonl(TEXTS)
@@ -86,11 +88,14 @@ def test_prepare_keeps_documents_unchanged_in_every_format(tmp_path, kind):
         as_csv(path, TEXTS)
     elif kind == "parquet":
         pq.write_table(pa.table({"text": TEXTS, "id": range(len(TEXTS))}), path, row_group_size=7)
-    elif kind == "mixed.jsonl":  # other keys that change their types, empty lines, null and empty texts
-        others = [{"text": None, "id": [1]}, {"text": "", "id": {"a": 1}}, {"text": " \n", "id": "s"}]
+    elif kind == "mixed.jsonl":
+        # other keys that change their types, empty lines, null and empty texts
+        others = [{"text": None, "id": [1]}, {"text": "", "id": {"a": 1}},
+                  {"text": " \n", "id": "s"}]
         write(path, "\n\n".join(map(json.dumps, [*others, *rows, *others])))
     else:
-        content = {"json": json.dumps(rows), "pretty.json": json.dumps(rows, indent=2, ensure_ascii=False),
+        content = {"json": json.dumps(rows),
+                   "pretty.json": json.dumps(rows, indent=2, ensure_ascii=False),
                    "json.zst": json.dumps(rows)}.get(kind, lines).encode()
         if kind == "two members.jsonl.gz":
             half = content.index(b"\n", len(content) // 2) + 1
@@ -98,7 +103,8 @@ def test_prepare_keeps_documents_unchanged_in_every_format(tmp_path, kind):
         else:
             content = gzip.compress(content) if kind.endswith(".gz") else content
         write(path, zstd(content) if kind.endswith(".zst") else content)
-    prepare.main(PrepareConfig(input=[str(path)], out=str(tmp_path / "out"), val_fraction=0.3, num_workers=2))
+    prepare.main(PrepareConfig(input=[str(path)], out=str(tmp_path / "out"), val_fraction=0.3,
+                               num_workers=2))
     for split in ("train", "val"):
         mine = [text for text in TEXTS if assign_split(text, 0.3) == split]
         assert read_split(tmp_path / "out", split) == tokens_of(mine)
@@ -114,12 +120,15 @@ def test_input_reads_files_folders_and_patterns_once(tmp_path):
     for i, text in enumerate(SPEECHES[:12]):
         write(tmp_path / "in" / f"{i:02d}" / f"speech.{('txt', 'md')[i % 2]}", text)
     write(tmp_path / "in" / "picture.png", b"\x89PNG")
-    words = [tmp_path / "in", str(tmp_path / "in" / "*" / "*.txt"), tmp_path / "in" / "00" / "speech.txt"]
-    done = run("-m", "scripts.prepare", "--input", *words, "--out", tmp_path / "out", "--val_fraction", "0")
+    words = [tmp_path / "in", str(tmp_path / "in" / "*" / "*.txt"),
+             tmp_path / "in" / "00" / "speech.txt"]
+    done = run("-m", "scripts.prepare", "--input", *words, "--out", tmp_path / "out",
+               "--val_fraction", "0")
     assert done.returncode == 0, done.stderr
     assert read_split(tmp_path / "out", "train") == tokens_of(SPEECHES[:12])
     done = run("-m", "scripts.prepare", "--check", tmp_path / "out")
-    assert done.returncode == 0 and "12 documents," in done.stdout and SPEECHES[0].split("\n")[0] in done.stdout
+    assert done.returncode == 0 and "12 documents," in done.stdout
+    assert SPEECHES[0].split("\n")[0] in done.stdout
 
 
 def test_text_file_ends_go_to_validation(tmp_path):
@@ -127,38 +136,45 @@ def test_text_file_ends_go_to_validation(tmp_path):
     texts = {"a.txt": TEXT.read_text(), "b.txt.gz": TEXT.read_text().upper()}
     for name, text in texts.items():
         write(tmp_path / "in" / name, gzip.compress(text.encode()) if name.endswith("gz") else text)
-    done = run("-m", "scripts.prepare", "--input", *(tmp_path / "in" / name for name in texts), "--out",
-               tmp_path / "out", "--val_fraction", 0.2)
+    done = run("-m", "scripts.prepare", "--input", *(tmp_path / "in" / name for name in texts),
+               "--out", tmp_path / "out", "--val_fraction", 0.2)
     assert done.returncode == 0, done.stderr
-    books = [GPT2.decode(read_split(tmp_path / "out", split)).split("<|endoftext|>")[1:] for split in ("train", "val")]
+    books = [GPT2.decode(read_split(tmp_path / "out", split)).split("<|endoftext|>")[1:]
+             for split in ("train", "val")]
     for text, train, val in zip(texts.values(), *books, strict=True):
         assert train + val == text and train.endswith("\n")
         assert len(val) == pytest.approx(0.2 * len(text), abs=100)
 
 
-@pytest.mark.parametrize("text", ["one line without an end", "a\nb", "\n" * 50 + "x" * 50, "long " * 2_000_000])
+@pytest.mark.parametrize("text", ["one line without an end", "a\nb", "\n" * 50 + "x" * 50,
+                                  "long " * 2_000_000])
 def test_split_text_cuts_long_lines(tmp_path, text):
     source, = find_sources(TextConfig(input=[str(write(tmp_path / "a.txt", text))]))
     blocks = list(text_files.split_text(source, TextConfig(input=["a"])))
-    train, val = ("".join(block for split, block in blocks if split == name) for name in ("train", "val"))
+    train, val = ("".join(block for split, block in blocks if split == name)
+                  for name in ("train", "val"))
     assert train + val == text and val and len(val) == pytest.approx(0.1 * len(text), abs=2**20)
 
 
 def test_prepare_splits_at_separators_and_joins_rows(tmp_path):
-    """TinyStories' text files have <|endoftext|> between stories; WikiText's rows are lines of one text."""
-    stories = write(tmp_path / "stories.txt", "\n<|endoftext|>\n\n".join(SPEECHES[:30]) + "\n<|endoftext|>\n")
-    prepare.main(PrepareConfig(input=[str(stories)], out=str(tmp_path / "a"), document_separator="<|endoftext|>",
-                               val_fraction=0))
+    """TinyStories' text files have <|endoftext|> between stories;
+    WikiText's rows are lines of one text."""
+    stories = write(tmp_path / "stories.txt",
+                    "\n<|endoftext|>\n\n".join(SPEECHES[:30]) + "\n<|endoftext|>\n")
+    prepare.main(PrepareConfig(input=[str(stories)], out=str(tmp_path / "a"),
+                               document_separator="<|endoftext|>", val_fraction=0))
     assert read_split(tmp_path / "a", "train") == tokens_of(SPEECHES[:30])
     lines = TEXT.read_text().split("\n")
     table = write(tmp_path / "lines.jsonl", jsonl(lines))
-    prepare.main(PrepareConfig(input=[str(table)], out=str(tmp_path / "b"), join_rows=True, val_fraction=0))
+    prepare.main(PrepareConfig(input=[str(table)], out=str(tmp_path / "b"), join_rows=True,
+                               val_fraction=0))
     assert read_split(tmp_path / "b", "train") == tokens_of(["\n".join([*lines, ""])])
 
 
 def test_val_input_is_the_only_validation_text(tmp_path):
     """Validation text must not be trained on."""
-    one, two = write(tmp_path / "a.jsonl", jsonl(SPEECHES[:50])), write(tmp_path / "b.jsonl", jsonl(SPEECHES[50:60]))
+    one = write(tmp_path / "a.jsonl", jsonl(SPEECHES[:50]))
+    two = write(tmp_path / "b.jsonl", jsonl(SPEECHES[50:60]))
     prepare.main(PrepareConfig(input=[str(one)], val_input=[str(two)], out=str(tmp_path / "x")))
     assert read_split(tmp_path / "x", "train") == tokens_of(SPEECHES[:50])
     assert read_split(tmp_path / "x", "val") == tokens_of(SPEECHES[50:60])
@@ -184,24 +200,28 @@ def test_prepare_reads_a_hub_dataset(tmp_path):
 
 
 def test_prepare_skips_duplicates_and_its_own_output(tmp_path):
-    """A link to a file, a validation file inside the input folder, a second run with --out inside the input folder."""
+    """A link to a file, a validation file inside the input folder,
+    a second run with --out inside the input folder."""
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", jsonl(SPEECHES[10 * i:10 * i + 10]))
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "0.jsonl")
     write(tmp_path / ".cache" / "hidden.txt", "not meant")
     out = tmp_path / "out"
     for _ in range(2):
-        prepare.main(PrepareConfig(input=[str(tmp_path)], val_input=[str(tmp_path / "2.jsonl")], out=str(out)))
+        prepare.main(PrepareConfig(input=[str(tmp_path)], val_input=[str(tmp_path / "2.jsonl")],
+                                   out=str(out)))
         write(out / "notes.txt", "a text file beside the shards")
     assert read_split(out, "train") == tokens_of(SPEECHES[:20])
     assert read_split(out, "val") == tokens_of(SPEECHES[20:30])
 
 
-@given(text=st.text(alphabet=st.sampled_from("ab1'.,é東\u00a0 \n\r\t<|>"), max_size=400) | st.text(max_size=200),
+@given(text=(st.text(alphabet=st.sampled_from("ab1'.,é東\u00a0 \n\r\t<|>"), max_size=400)
+             | st.text(max_size=200)),
        block=st.integers(1, 60), size=st.integers(4, 40))
 @settings(max_examples=400, deadline=None)
 def test_cut_chunks_keeps_the_tokens_of_the_document(text, block, size):
-    """A document in chunks must give the same ids as in one string, wherever a block of the file ends."""
+    """A document in chunks must give the same ids as in one string,
+    wherever a block of the file ends."""
     before = text_files.MIN_CHUNK, text_files.MAX_CHUNK
     text_files.MIN_CHUNK, text_files.MAX_CHUNK = size, 10_000
     try:
@@ -215,7 +235,8 @@ def test_cut_chunks_keeps_the_tokens_of_the_document(text, block, size):
         assert ids.tolist() == [50256, *GPT2.encode(text)]
 
 
-@pytest.mark.parametrize("text", ["x" * 3_000_000, "before" + " " * 3_000_000 + "after", "東" * 1_000_000 + " end"])
+@pytest.mark.parametrize("text", ["x" * 3_000_000, "before" + " " * 3_000_000 + "after",
+                                  "東" * 1_000_000 + " end"])
 def test_prepare_encodes_very_long_words_and_whitespace(tmp_path, text):
     """Memory is bounded, and tiktoken, which fails on a million spaces, never gets them."""
     source = write(tmp_path / "a.jsonl", jsonl([text]))
@@ -229,17 +250,20 @@ def test_read_batches_are_bounded_for_large_files(tmp_path):
     write(tmp_path / "long.txt", text * 400)
     write(tmp_path / "array.json", json.dumps([{"text": text}] * 300))
     config = TextConfig(input=[str(tmp_path)])
+    batches = read_batches(find_sources(config), config)
     sizes, fractions = zip(*((sum(len(text) for _, _, text in batch), fraction)
-                             for batch, fraction in read_batches(find_sources(config), config)), strict=True)
+                             for batch, fraction in batches), strict=True)
     assert max(sizes) < 2 * text_files.READ_SIZE
     assert sorted(fractions) == list(fractions) and fractions[-1] == 1
 
 
 def test_assign_split_depends_on_the_document_alone():
-    """Otherwise more documents could move validation text to train, and losses would not be comparable."""
+    """Otherwise more documents could move validation text to train,
+    and losses would not be comparable."""
     chosen = {text: assign_split(text, 0.1) for text in SPEECHES}
     assert 0.03 < sum(split == "val" for split in chosen.values()) / len(chosen) < 0.2
-    assert {text for text in chosen if chosen[text] == "val"} <= {t for t in SPEECHES if assign_split(t, 0.2) == "val"}
+    val = {text for text in chosen if chosen[text] == "val"}
+    assert val <= {text for text in SPEECHES if assign_split(text, 0.2) == "val"}
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +290,8 @@ def uninterrupted(big, tmp_path_factory) -> Path:
 
 def test_shards_equal_the_reference_encoding(big, uninterrupted):
     """A shard ends where a document ends, unless the document is longer than a shard."""
-    rows = [(big / "a.jsonl").read_text(), gzip.decompress((big / "c.jsonl.gz").read_bytes()).decode()]
+    rows = [(big / "a.jsonl").read_text(),
+            gzip.decompress((big / "c.jsonl.gz").read_bytes()).decode()]
     documents = [[json.loads(line)["text"] for line in text.splitlines()] for text in rows]
     book = (big / "b.txt").read_text()
     cut = book.index("\n", int(0.8 * len(book))) + 1
@@ -277,7 +302,8 @@ def test_shards_equal_the_reference_encoding(big, uninterrupted):
         paths = sorted(uninterrupted.glob(f"{split}_*.npy"))
         for path, following in itertools.pairwise(paths):
             n, tokens = len(np.load(path)), np.load(following)
-            n_next = next(iter(np.flatnonzero(tokens[1:] == 50256) + 1), len(tokens))  # of the next document
+            n_next = next(iter(np.flatnonzero(tokens[1:] == 50256) + 1),
+                          len(tokens))  # of the next document
             assert n <= 50_000 < n + n_next if tokens[0] == 50256 else n == 50_000
         assert any(np.load(path)[0] != 50256 for path in paths)  # the book continues there
         stats = read_meta(uninterrupted)["splits"][split]
@@ -286,13 +312,14 @@ def test_shards_equal_the_reference_encoding(big, uninterrupted):
 
 def test_shards_do_not_depend_on_num_workers(big, uninterrupted, tmp_path):
     """Otherwise the data would depend on the machine."""
-    prepare.main(PrepareConfig(input=[str(big)], out=str(tmp_path / "out"), shard_size=50000, val_fraction=0.2,
-                               num_workers=4))
+    prepare.main(PrepareConfig(input=[str(big)], out=str(tmp_path / "out"), shard_size=50000,
+                               val_fraction=0.2, num_workers=4))
     assert shards(tmp_path / "out") == shards(uninterrupted)
 
 
 def test_prepare_resumes_after_sigkill_with_identical_shards(big, uninterrupted, tmp_path):
-    """Killed twice, it keeps its complete shards; incomplete data is rejected until the same command finishes."""
+    """Killed twice, it keeps its complete shards;
+    incomplete data is rejected until the same command finishes."""
     out = tmp_path / "out"
     words = ["-m", "scripts.prepare", "--input", big, "--out", out, *BIG, "--num_workers", "2"]
     for n_shards in (1, 12):
@@ -302,9 +329,11 @@ def test_prepare_resumes_after_sigkill_with_identical_shards(big, uninterrupted,
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "finished before the kill"
-        with pytest.raises(UserError, match=r"incomplete: run `python -m scripts.prepare --input .* --num_workers 2`"):
+        with pytest.raises(UserError, match=r"incomplete: run `python -m scripts.prepare "
+                                            r"--input .* --num_workers 2`"):
             read_meta(out)
-    assert_user_error(run(*words, "--shard_size", "60000"), "holds other data", "--shard_size was 50000")
+    assert_user_error(run(*words, "--shard_size", "60000"),
+                      "holds other data", "--shard_size was 50000")
     done = run(*words)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stdout + done.stderr
     assert shards(out) == shards(uninterrupted)
@@ -313,7 +342,8 @@ def test_prepare_resumes_after_sigkill_with_identical_shards(big, uninterrupted,
     assert "nothing to do" in run(*words).stdout
 
 
-@pytest.mark.parametrize("lost", [["val_00000.npy"], ["train_00003.npy"], ["train_last", "val_last"]])
+@pytest.mark.parametrize("lost", [["val_00000.npy"], ["train_00003.npy"],
+                                  ["train_last", "val_last"]])
 def test_prepare_names_or_rewrites_missing_shards(big, uninterrupted, tmp_path, lost):
     out = shutil.copytree(uninterrupted, tmp_path / "out")
     last = {split: sorted(out.glob(f"{split}_*.npy"))[-1] for split in ("train", "val")}
@@ -329,12 +359,14 @@ def test_prepare_names_or_rewrites_missing_shards(big, uninterrupted, tmp_path, 
 
 
 def test_full_disk_keeps_complete_shards(big, uninterrupted, tmp_path, monkeypatch):
-    """Complete shards stay, and the same command resumes when there is space; without any, --out is deleted."""
+    """Complete shards stay, and the same command resumes when there is space;
+    without any, --out is deleted."""
     out = tmp_path / "out"
     words = ["-m", "scripts.prepare", "--input", big, "--out", out, *BIG]
-    done = subprocess.run(["bash", "-c", 'ulimit -f 90; exec "$0" "$@"', sys.executable, *map(str, words)],
-                          capture_output=True, text=True, cwd=ROOT)  # at most 90 kB per file: less than the first shard
-    assert_user_error(done, "_00000.npy: File too large", "free disk space and run it again")
+    done = subprocess.run(  # at most 90 kB per file: less than the first shard
+        ["bash", "-c", 'ulimit -f 90; exec "$0" "$@"', sys.executable, *map(str, words)],
+        capture_output=True, text=True, cwd=ROOT)
+    assert_user_error(done, "_00000.npy: File too large")
     assert not out.exists()
     written, write_shard = [], gpt.shards.write_shard
 
@@ -371,7 +403,8 @@ def test_check_detects_damaged_and_missing_shards(tmp_path):
     assert run(*check).returncode == 0
     shard = sorted(out.glob("train_*.npy"))[1]
     good = shard.read_bytes()
-    for content, word in ((good[:-100], "truncated"), (good[:-2] + b"\xff\xff", "65535"), (None, "meta.json says")):
+    for content, word in ((good[:-100], "truncated"), (good[:-2] + b"\xff\xff", "65535"),
+                          (None, "meta.json says")):
         shard.unlink() if content is None else shard.write_bytes(content)
         with pytest.raises(UserError, match=word):
             prepare.main(PrepareConfig(check=str(out)))

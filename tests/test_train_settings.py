@@ -1,4 +1,6 @@
-"""gpt/resolve.py, and settings of scripts/train.py: early stopping, overfitting one batch, trackers."""
+"""Settings of scripts/train.py: automatic ones, early stopping, overfitting one batch, trackers."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -6,52 +8,47 @@ import torch
 from gpt.checkpoint import load_checkpoint
 from gpt.config import GPTConfig
 from gpt.device import select_precision
-from gpt.distributed import Distributed
-from gpt.errors import UserError
-from gpt.resolve import init_model, resolve
-from scripts.train import TrainConfig
+from gpt.distributed import Ranks
+from scripts.train import TrainConfig, init_model, load_data, resolve_auto
 from tests.conftest import TINY_BYTES, metrics, run_ranks, save_shards, train
 
-DIST = Distributed(0, 1, torch.device("cpu"))
-
-
-def resolve_tiny(data_root, **settings):
-    """Resolve settings of a tiny model of bytes."""
-    config = TrainConfig(str(data_root), model=GPTConfig(0, 256, 1, 1, 8), **settings)
-    return resolve(config, DIST, None, print)
+RANKS = Ranks(0, 1, torch.device("cpu"))
+# The settings of a tiny model of bytes.
+tiny_config = partial(TrainConfig, model=GPTConfig(0, 256, 1, 1, 8))
 
 
 @pytest.mark.parametrize("settings, max_steps", [
     ({"max_tokens": 1025}, 5), ({"max_epochs": 0.1}, 13), ({"max_steps": 7}, 7)])
-def test_resolve_turns_tokens_and_epochs_into_steps(byte_data, settings, max_steps):
-    """0.1 epochs of 998 x 32 bytes are 12.5 steps. Resuming with config.yaml can then raise --max_steps."""
-    config = resolve_tiny(byte_data, seq_len=32, micro_batch_size=4, total_batch_size=256, **settings)[0]
+def test_tokens_and_epochs_become_steps(byte_data, settings, max_steps):
+    """0.1 epochs of 998 x 32 bytes are 12.5 steps. Resuming with config.yaml can then raise
+    --max_steps."""
+    config = tiny_config(str(byte_data), seq_len=32, micro_batch_size=4, total_batch_size=256,
+                         **settings)
+    config = load_data(config, RANKS)[0]
     assert (config.max_steps, config.max_tokens, config.max_epochs) == (max_steps, 0, 0)
 
 
-def test_resolve_replaces_all_automatic_settings(tmp_path):
-    """The sequence length fits the 100 validation tokens; a last shard too short for a sequence is skipped."""
+def test_all_automatic_settings_are_replaced(tmp_path):
+    """The sequence length fits the 100 validation tokens; a last shard too short for a sequence is
+    skipped."""
     save_shards(tmp_path, torch.arange(705).remainder(50).numpy(), 600, 605)
-    config, model, tokenizer, train_loader, val_loader = resolve_tiny(
-        tmp_path, seq_len="auto", micro_batch_size=1, total_batch_size=64)
+    config, tokenizer = resolve_auto(tiny_config(str(tmp_path), seq_len="auto", micro_batch_size=1,
+                                                 total_batch_size=64), RANKS)
+    model = init_model(config, tokenizer, latest=None)
+    _, train_loader, val_loader = load_data(config, RANKS)
     assert config.seq_len == config.model.block_size == model.config.block_size == 64
-    assert (train_loader.n_sequences, val_loader.n_sequences, len(train_loader.paths)) == (9, 1, 2)
-    assert config.precision == select_precision("auto", DIST.device) and config.compile is False
+    assert (train_loader.n_sequences, val_loader.n_sequences) == (9, 1)
+    assert len(train_loader.paths) == 2
+    assert config.precision == select_precision("auto", RANKS.device) and config.compile is False
     assert tokenizer is None and config.sample_every == 0
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"init_from": "gpt2"}, "a run with --init_from scratch, not gpt2: pass another --log_dir"),
-    ({"overfit_one_batch": True}, "a run with --overfit_one_batch False, not True: pass another --log_dir")])
-def test_init_model_rejects_resuming_another_kind_of_run(uninterrupted_run, settings, message):
-    with pytest.raises(UserError, match=message):
-        init_model(TrainConfig(**settings), 256, None, load_checkpoint(uninterrupted_run / "model_00012.pt"))
-
-
 def test_patience_ends_a_run_without_improvement(byte_data, tmp_path):
-    """With a checkpoint and status 0. A rerun on two ranks ends on both, although only rank 0 reads the log."""
-    args = [*TINY_BYTES, "--eval_every", "2", "--sample_every", "0", "--max_lr", "3", "--grad_clip", "0",
-            "--warmup_steps", "0", "--min_lr_ratio", "1", "--max_steps", "60", "--patience", "3"]
+    """With a checkpoint and status 0. A rerun on two ranks ends on both, although only rank 0 reads
+    the log."""
+    args = [*TINY_BYTES, "--eval_every", "2", "--sample_every", "0", "--max_lr", "3", "--grad_clip",
+            "0", "--warmup_steps", "0", "--min_lr_ratio", "1", "--max_steps", "60", "--patience",
+            "3"]
     done = train(byte_data, tmp_path, *args)
     losses = [record["loss"] for record in metrics(tmp_path, "val").values()]
     best, last_step = min(losses), 2 * len(losses)
@@ -59,31 +56,36 @@ def test_patience_ends_a_run_without_improvement(byte_data, tmp_path):
     ended = f"finished at step {last_step} of 60: no better loss than {best:.4f} in 3 validations"
     assert ended in done.stdout
     assert load_checkpoint(tmp_path / "model_best.pt")["val_loss"] == best
-    again = run_ranks(2, "-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path, *args)
+    again = run_ranks(2, "-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path,
+                      *args)
     assert [rank.returncode for rank in again] == [0, 0] and ended in again[0].stdout
 
 
 def test_overfit_one_batch_reaches_a_low_loss(byte_data, tmp_path):
-    """On the 256 bytes of the first batch, without validation; on varied text this model's loss stays above 2."""
-    train(byte_data, tmp_path, *TINY_BYTES, "--eval_every", "5", "--sample_every", "0", "--max_steps", "120",
-          "--max_lr", "3e-2", "--overfit_one_batch", "true")
+    """On the 256 bytes of the first batch, without validation; on varied text this model's loss
+    stays above 2."""
+    train(byte_data, tmp_path, *TINY_BYTES, "--eval_every", "5", "--sample_every", "0",
+          "--max_steps", "120", "--max_lr", "3e-2", "--overfit_one_batch", "true")
     assert metrics(tmp_path, "train")[119]["loss"] < 0.5 and not metrics(tmp_path, "val")
 
 
 def test_trackers_log_every_scalar(data_root, tmp_path, monkeypatch):
-    """TensorBoard files, read with TensorBoard's reader, and an offline Weights & Biases run, which copies them."""
+    """TensorBoard files, read with TensorBoard's reader, and an offline Weights & Biases run, which
+    copies them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(data_root, tmp_path, "--wandb_project", "tests", "--tensorboard", "true", "--max_steps", "2", "--eval_every",
-          "2", "--sample_every", "2")
+    train(data_root, tmp_path, "--wandb_project", "tests", "--tensorboard", "true", "--max_steps",
+          "2", "--eval_every", "2", "--sample_every", "2")
     board = EventAccumulator(str(tmp_path))
     board.Reload()
-    offline_run, = (tmp_path / "wandb").glob(f"offline-run-*-{(tmp_path / 'wandb_run.txt').read_text()}/*.wandb")
+    run_id = (tmp_path / "wandb_run.txt").read_text()
+    offline_run, = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}/*.wandb")
     for split, step in (("train", 0), ("train", 1), ("val", 2)):
         for name, value in metrics(tmp_path, split)[step].items():
             if name not in ("step", "split"):
-                event, = (event for event in board.Scalars(f"{split}/{name}") if event.step == step)
+                event, = (event for event in board.Scalars(f"{split}/{name}")
+                          if event.step == step)
                 assert event.value == pytest.approx(value, rel=1e-6), (split, name)
                 assert f"{split}/{name}".encode() in offline_run.read_bytes()
     assert {"samples/text_summary", "settings/text_summary"} <= set(board.Tags()["tensors"])
