@@ -213,15 +213,16 @@ def assert_same_shapes(state: dict, shapes: dict[int, dict[str, torch.Size]]) ->
             raise ValueError(f"parameter {index} has {found}, expected {expected}")
 
 
-def assert_same_settings(path: Path, checkpoint: dict, settings: dict[str, Any]) -> None:
+def assert_same_settings(path: Path, checkpoint: dict, train_config: dict[str, Any]) -> None:
     """Raise UserError if a setting that says what a step is differs from the checkpoint's.
 
-    settings: of the run as plain values; with `init_from` its model can have values of 0.
+    train_config: the settings as plain values; with `init_from`, its model's can be 0.
     """
     saved = checkpoint["train_config"] or {}
-    pairs = [(name, saved.get(name, settings[name]), settings[name]) for name in FIXED_SETTINGS]
-    if settings["init_from"] == "scratch":
-        pairs += [(f"model.{name}", value, settings["model"][name])
+    pairs = [(name, saved.get(name, train_config[name]), train_config[name])
+             for name in FIXED_SETTINGS]
+    if train_config["init_from"] == "scratch":
+        pairs += [(f"model.{name}", value, train_config["model"][name])
                   for name, value in checkpoint["config"].items() if name != "dropout"]
     for name, old, new in pairs:
         if new != old:

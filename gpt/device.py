@@ -18,23 +18,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float3
 def select_device(name: str) -> torch.device:
     """Return the device `name`; "auto": CUDA, else MPS, else the CPU. Raises UserError if it is not
     available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    found = [device_type for device_type, is_available in available.items() if is_available]
+    available = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if available:
+        available.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
     if name == "auto":
-        return torch.device(found[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}: expected auto, cuda, cuda:0, mps or cpu"
-                        ) from None
-    if device.type not in found:
-        raise UserError(f"device {name!r} is not available (PyTorch {torch.__version__} found "
-                        f"{', '.join(found)}): pass --device auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not available: pass an index below "
-                        f"{torch.cuda.device_count()}, the number of GPUs")
-    return device
+        return torch.device(available[0])
+    if name not in available:
+        raise UserError(f"device {name!r} is not available: PyTorch {torch.__version__} found "
+                        f"{', '.join(available)}")
+    return torch.device(name)
 
 
 def select_precision(name: Precision, device: torch.device) -> Precision:

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,10 +102,9 @@ def init_ranks(device: str, rank_timeout: float) -> Iterator[Ranks]:
     if is_cuda:
         torch.cuda.set_device(selected)
     timeout = datetime.timedelta(seconds=rank_timeout)
-    store = next(torch.distributed.rendezvous("env://", timeout=timeout))[0]
-    # torchrun keeps one store for all restarts, with the addresses of dead processes in it.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+    # Lives as long as this function: without torchrun's agent, rank 0 hosts it.
+    torchrun_store = next(torch.distributed.rendezvous("env://", timeout=timeout))[0]
+    store = create_store(torchrun_store, rank, timeout)
     # NCCL kills a process that waits too long, so the barrier must name the hung rank before that.
     torch.distributed.init_process_group(
         "nccl" if is_cuda else "gloo", store=store, rank=rank, world_size=world_size,
@@ -115,3 +115,27 @@ def init_ranks(device: str, rank_timeout: float) -> Iterator[Ranks]:
     yield ranks
     ranks.barrier()  # torchrun stops all ranks as soon as one exits with an error
     torch.distributed.destroy_process_group()
+
+
+def create_store(torchrun_store: torch.distributed.Store, rank: int,
+                 timeout: datetime.timedelta) -> torch.distributed.Store:
+    """Return a new store, which rank 0 hosts and through which the ranks find one another.
+
+    torchrun's store only tells its port: kept for all restarts, it holds the addresses of dead
+    processes, and two machines can have counted different numbers of restarts.
+    """
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        torchrun_store.set("port of rank 0", str(store.port))
+        store.set_timeout(timeout)
+        return store
+    while True:
+        port = int(torchrun_store.get("port of rank 0"))
+        try:
+            store = torch.distributed.TCPStore(host, port, timeout=datetime.timedelta(seconds=2))
+            store.set_timeout(timeout)
+            return store
+        except torch.distributed.DistError:  # the port is still that of a dead rank 0
+            if time.monotonic() > deadline:
+                raise

@@ -5,7 +5,6 @@ import argparse
 import os
 import signal
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,14 +80,11 @@ def parse_args(config_class: type, args: Sequence[str]) -> Any:
     for path in reversed(known.config):
         words[first_flag:first_flag] = yaml_flags(read_yaml(path))
     spec = sys.modules["__main__"].__spec__
-    paragraphs = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")
-    paragraphs.append("Settings can also be read from a YAML file: --config FILE. Flags override "
-                      "it.")
+    description = (f"{sys.modules[config_class.__module__].__doc__}\n\nSettings can also be read "
+                   f"from a YAML file: --config FILE. Flags override it.")
     return tyro.cli(
-        config_class, args=words, registry=REGISTRY, use_underscores=True,
+        config_class, args=words, registry=REGISTRY, use_underscores=True, description=description,
         prog=f"python -m {spec.name}" if spec else f"python {sys.argv[0]}",
-        description="\n\n".join(textwrap.fill(paragraph, 80, subsequent_indent="  ")
-                                for paragraph in paragraphs),
         config=(tyro.conf.FlagConversionOff, tyro.conf.PositionalMetavarFromFieldName))
 
 
