@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from gpt.tokenizer import Tokenizer
 
 MAX_OPTIM_FILES = 2  # AdamW's state is twice the size of the weights; the older file is a spare
 
-# Settings that say what the steps of a run are: they cannot change in mid-run.
+# Settings that define a step: they cannot change when a run resumes.
 FIXED_SETTINGS = ("total_batch_size", "seq_len", "seed", "init_from", "overfit_one_batch")
 # Keys that every checkpoint has, and the types of their values.
 KEYS = {"model": dict, "config": dict, "step": int, "tokenizer": str | None,
@@ -41,13 +41,21 @@ class CheckpointConfig:
     log_dir: str = "log"  # run folder; its newest checkpoint is used by default
 
 
+class Checkpoint(NamedTuple):
+    """The contents of a model file and, unless {}, of the optimizer file saved with it."""
+
+    path: Path
+    model: dict
+    optim: dict
+
+
 @dataclass
 class CheckpointManager:
     """Saves the checkpoints of a run in log_dir. All ranks call its methods; rank 0 writes."""
 
     log_dir: Path
     ranks: Ranks
-    assert_held: Callable[[], None]  # see `gpt.files.run_lock`
+    assert_lock_held: Callable[[], None]  # see `gpt.files.run_lock`
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -58,6 +66,28 @@ class CheckpointManager:
         if self.ranks.is_master:
             for path in self.log_dir.glob(".*_*.pt.tmp"):  # left by a killed process
                 path.unlink()
+
+    def resume(self, latest: Checkpoint) -> int:
+        """Load the state of the optimizer and the scaler; print and return the checkpoint's step.
+
+        The model has the checkpoint's weights already. Raises UserError if the data, the length or
+        the optimizer of this run does not fit.
+        """
+        path, self.saved_step = latest.path, latest.model["step"]
+        train_config, saved = self.metadata["train_config"], latest.model["train_config"] or {}
+        max_steps = train_config["max_steps"]
+        if self.saved_step > max_steps:
+            raise UserError(f"--max_steps is {max_steps}, but {path} is already at step "
+                            f"{self.saved_step}: pass a higher --max_steps, or another --log_dir "
+                            f"for a new run")
+        assert_same_data(latest, self.metadata["data"], train_config["data_root"])
+        load_optimizer(latest.optim, self.optimizer, self.scaler)
+        latest.optim.clear()  # gigabytes
+        changes = [f"{name} {saved[name]} -> {value}" for name, value in train_config.items()
+                   if saved.get(name, value) != value]
+        changed = f", changed: {'; '.join(changes)}" if changes else ""
+        self.ranks.print(f"resuming from {path} at step {self.saved_step} of {max_steps}{changed}")
+        return self.saved_step
 
     def save(self, step: int, required: bool = False) -> None:
         """Save the model and the optimizer state after `step` steps, unless they are saved already.
@@ -74,7 +104,7 @@ class CheckpointManager:
             optim_path = self.log_dir / f"optim_{step:05d}.pt"
             path = self.log_dir / f"model_{step:05d}.pt"
             try:
-                self.assert_held()
+                self.assert_lock_held()
                 save_pt(optim_path, {"step": step, "scaler": self.scaler.state_dict(),
                                      "optimizer": self.optimizer.state_dict()})
                 save_model(path, self.model, step=step, **self.metadata)
@@ -84,7 +114,7 @@ class CheckpointManager:
                 if required:
                     raise UserError(f"{message}: free disk space and rerun the same command to "
                                     f"resume from the last checkpoint") from None
-                self.ranks.print(f"warning: {message}: training continues, free disk space before "
+                self.ranks.print(f"warning: {message}: training continues; free disk space before "
                                  f"the next save")
                 return
             self.ranks.print(f"saved {path}")
@@ -95,7 +125,7 @@ class CheckpointManager:
         """Save model_best.pt, the model after `step` steps; print a warning if the disk is full."""
         if self.ranks.is_master:
             try:
-                self.assert_held()
+                self.assert_lock_held()
                 save_model(self.log_dir / "model_best.pt", self.model, step=step, val_loss=val_loss,
                            **self.metadata)
             except OSError as error:
@@ -146,12 +176,12 @@ def load_checkpoint(source: str | Path) -> dict:
 
 
 def load_latest(log_dir: str | Path, print_fn: Callable[[str], None],
-                with_optim: bool = False) -> tuple[Path, dict, dict] | None:
-    """Return the newest complete checkpoint in `log_dir`: its path, its content, and the content of
-    its optimizer file ({} unless `with_optim`); None if there are no checkpoints.
+                with_optim: bool = False) -> Checkpoint | None:
+    """Return the newest usable checkpoint in `log_dir`, with its optimizer state if `with_optim`;
+    None if there are no checkpoints.
 
-    Checkpoints that are damaged, have another step than their name or, with `with_optim`, no
-    optimizer file are printed and skipped. Raises UserError if none is left, so that no run starts
+    Skips, with a message, checkpoints that are damaged, whose step differs from their file name, or
+    that lack a requested optimizer file. Raises UserError if it skips all, so that no run starts
     over by accident.
     """
     paths = [path for path in Path(log_dir).glob("model_*.pt") if parse_step(path) >= 0]
@@ -162,12 +192,12 @@ def load_latest(log_dir: str | Path, print_fn: Callable[[str], None],
             if with_optim:
                 optim_path = path.with_name(path.name.replace("model", "optim"))
                 if not optim_path.is_file():
-                    raise UserError(f"{optim_path.name} is missing, which resuming needs")
+                    raise UserError(f"{optim_path.name} is missing, but needed to resume")
                 files[optim_path] = optim = load_pt(optim_path)
             for file, content in files.items():
                 if content.get("step") != parse_step(path):
                     raise UserError(f"the step in {file} is {content.get('step')}")
-            return path, model, optim
+            return Checkpoint(path, model, optim)
         except UserError as error:
             print_fn(f"skipping {path.name}: {error}")
     if paths:
@@ -186,7 +216,7 @@ def load_optimizer(optim: dict, optimizer: torch.optim.Optimizer,
     try:
         state = optim["optimizer"]["state"]
         # Empty before the first update; in fp16 the first updates can be skipped.
-        if state or optim["step"] > 0 and not optim["scaler"]:
+        if state or (optim["step"] > 0 and not optim["scaler"]):
             assert_same_shapes(state, state_shapes(optimizer))
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -213,17 +243,17 @@ def assert_same_shapes(state: dict, shapes: dict[int, dict[str, torch.Size]]) ->
             raise ValueError(f"parameter {index} has {found}, expected {expected}")
 
 
-def assert_same_settings(path: Path, checkpoint: dict, train_config: dict[str, Any]) -> None:
-    """Raise UserError if a setting that says what a step is differs from the checkpoint's.
+def assert_same_settings(latest: Checkpoint, train_config: dict[str, Any]) -> None:
+    """Raise UserError if a setting that defines a step differs from the checkpoint's.
 
-    train_config: the settings as plain values; with `init_from`, its model's can be 0.
+    train_config: the settings as plain values. With `init_from`, the model's are not compared.
     """
-    saved = checkpoint["train_config"] or {}
+    path, saved = latest.path, latest.model["train_config"] or {}
     pairs = [(name, saved.get(name, train_config[name]), train_config[name])
              for name in FIXED_SETTINGS]
     if train_config["init_from"] == "scratch":
         pairs += [(f"model.{name}", value, train_config["model"][name])
-                  for name, value in checkpoint["config"].items() if name != "dropout"]
+                  for name, value in latest.model["config"].items() if name != "dropout"]
     for name, old, new in pairs:
         if new != old:
             raise UserError(f"--{name} is {new}, but {path} was trained with {old}: pass --{name} "
@@ -231,41 +261,18 @@ def assert_same_settings(path: Path, checkpoint: dict, train_config: dict[str, A
                             f"--init_from {path} from these weights)")
 
 
-def assert_same_data(path: Path, checkpoint: dict, data: dict[str, str], data_root: str) -> None:
-    """Raise UserError with the name of a shard that is not what the checkpoint was trained on.
+def assert_same_data(latest: Checkpoint, data: dict[str, str], data_root: str) -> None:
+    """Raise UserError naming the first shard that differs from the checkpoint's training data.
 
     data: see `gpt.shards.fingerprint`.
     """
-    saved = checkpoint["data"] or {}
+    path, saved = latest.path, latest.model["data"] or {}
     for name in {**saved, **data}:
         old, new = saved.get(name, "missing"), data.get(name, "missing")
         if new != old:
             raise UserError(f"data in {data_root!r} is not what {path} was trained on ({name}: was "
                             f"{old}, is {new}): restore it, or start a new run with --init_from "
                             f"{path} --log_dir NEW")
-
-
-def resume(latest: tuple[Path, dict, dict], optimizer: torch.optim.Optimizer,
-           scaler: torch.amp.GradScaler, metadata: dict, print_fn: Callable[[str], None]) -> int:
-    """Load the optimizer's and the scaler's state from a checkpoint; print and return its step.
-
-    latest: see `load_latest`. metadata: what this run would store, see `CheckpointManager`.
-    Raises UserError if the data, the length or the optimizer of the run does not fit.
-    """
-    path, checkpoint, optim = latest
-    step, train_config = checkpoint["step"], metadata["train_config"]
-    max_steps = train_config["max_steps"]
-    if step > max_steps:
-        raise UserError(f"--max_steps is {max_steps}, but {path} is already at step {step}: pass a "
-                        f"higher --max_steps, or another --log_dir for a new run")
-    assert_same_data(path, checkpoint, metadata["data"], train_config["data_root"])
-    load_optimizer(optim, optimizer, scaler)
-    saved = checkpoint["train_config"] or {}
-    changes = [f"{name} {saved[name]} -> {value}" for name, value in train_config.items()
-               if saved.get(name, value) != value]
-    changed = f", changed: {'; '.join(changes)}" if changes else ""
-    print_fn(f"resuming from {path} at step {step} of {max_steps}{changed}")
-    return step
 
 
 def find_checkpoint(config: CheckpointConfig, note: str = "",
@@ -275,7 +282,7 @@ def find_checkpoint(config: CheckpointConfig, note: str = "",
     if config.checkpoint is not None:
         source, checkpoint = config.checkpoint, load_checkpoint(config.checkpoint)
     elif latest := load_latest(config.log_dir, lambda text: print(text, file=sys.stderr)):
-        source, checkpoint = str(latest[0]), latest[1]
+        source, checkpoint = str(latest.path), latest.model
     else:
         raise UserError(f"no checkpoint in log_dir {config.log_dir!r}: train one with `python -m "
                         f"scripts.train`, or pass --checkpoint")

@@ -12,8 +12,8 @@ from gpt.shards import find_shards, longest_seq_len, read_tokens, stat_shard
 
 
 def permute_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return where a pseudo-random permutation of range(n) sends each `index` (1-D, values below
-    n); int64.
+    """Return the images of `index` (1-D, values below n) under a pseudo-random permutation of
+    range(n); int64.
 
     A Feistel network (Luby and Rackoff 1988) permutes the numbers below the next power of four
     without a table: even shuffling ten billion sequences takes no memory and no start-up time.
@@ -41,7 +41,7 @@ def epoch_offset(seq_len: int, seed: int, epoch: int) -> int:
     if epoch == 0:
         return 0
     state = np.random.SeedSequence((seed, epoch)).generate_state(7, np.uint64)
-    return int(state[6] % seq_len)
+    return int(state[6] % seq_len)  # the first six are the keys of `permute_index`
 
 
 class DataLoaderLite:
@@ -75,18 +75,14 @@ class DataLoaderLite:
         self.device = torch.device(device)
         self.grad_accum_steps = grad_accum_steps(total_batch_size, micro_batch_size, seq_len,
                                                  world_size)
-        self.paths = find_shards(data_root, split)
-        self.shards = [stat_shard(path) for path in self.paths]
-        lengths = [shard.length for shard in self.shards]
-        n_sequences = [max(length - 1, 0) // seq_len for length in lengths]
+        self.shards = [stat_shard(path) for path in find_shards(data_root, split)]
+        n_sequences = [max(shard.length - 1, 0) // seq_len for shard in self.shards]
         if not any(n_sequences):
-            longest = max(lengths)
-            fits = longest_seq_len(longest)
-            advice = f"pass --seq_len {fits}, as --seq_len auto does" if 0 < fits < seq_len else (
-                "lower --seq_len")
-            raise UserError(f"shard {self.paths[lengths.index(longest)]} has {longest} tokens, one "
-                            f"sequence needs seq_len + 1 = {seq_len + 1}: {advice}, or prepare "
-                            f"more text")
+            longest = max(self.shards, key=lambda shard: shard.length)
+            fits = longest_seq_len(longest.length)
+            lower = f"pass --seq_len {fits}, as --seq_len auto does" if fits else "lower --seq_len"
+            raise UserError(f"shard {longest.path} has {longest.length} tokens, one sequence needs "
+                            f"seq_len + 1 = {seq_len + 1}: {lower}, or prepare more text")
         # (shards + 1,): index of each shard's first sequence
         self.first_sequence = np.cumsum([0, *n_sequences])
         self.n_sequences = int(self.first_sequence[-1])

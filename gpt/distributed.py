@@ -47,7 +47,7 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks. Raises RuntimeError with the ranks still missing after `timeout`."""
         if self.world_size > 1:
-            if os.getppid() != self.launcher:
+            if os.getppid() != self.launcher:  # nobody else would stop this orphan
                 raise UserError("torchrun has exited: rerun the same command to resume")
             torch.distributed.monitored_barrier(self.control_group, self.timeout,
                                                 wait_all_ranks=True)
@@ -57,7 +57,7 @@ class Ranks:
 
         Waits for the device and for all ranks.
         """
-        self.barrier()  # before float(), which waits for the device: it hangs with a hung rank
+        self.barrier()  # first: float() waits for the device, which hangs if a rank does
         means = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world_size > 1:
             torch.distributed.all_reduce(means, group=self.control_group)
@@ -72,12 +72,13 @@ class Ranks:
         return values[0]
 
     def assert_equal(self, values: dict[str, Any]) -> None:
-        """Raise UserError with the name of the first of the `values` that differs from rank 0's."""
-        for name, expected in self.broadcast(values).items():
-            if values.get(name) != expected:
+        """Raise UserError naming the first value that differs from rank 0's."""
+        expected = self.broadcast(values)
+        for name in {**expected, **values}:
+            if values.get(name) != expected.get(name):
                 raise UserError(f"rank {self.rank} has {name} {values.get(name)}, rank 0 has "
-                                f"{expected}: start all ranks with the same flags, the same data "
-                                f"and one log_dir that all of them see")
+                                f"{expected.get(name)}: start all ranks with the same flags, the "
+                                f"same data and one log_dir that all of them see")
 
 
 @contextlib.contextmanager
@@ -102,7 +103,7 @@ def init_ranks(device: str, rank_timeout: float) -> Iterator[Ranks]:
     if is_cuda:
         torch.cuda.set_device(selected)
     timeout = datetime.timedelta(seconds=rank_timeout)
-    # Lives as long as this function: without torchrun's agent, rank 0 hosts it.
+    # Keep the reference: in some set-ups rank 0 hosts this store.
     torchrun_store = next(torch.distributed.rendezvous("env://", timeout=timeout))[0]
     store = create_store(torchrun_store, rank, timeout)
     # NCCL kills a process that waits too long, so the barrier must name the hung rank before that.
@@ -121,8 +122,8 @@ def create_store(torchrun_store: torch.distributed.Store, rank: int,
                  timeout: datetime.timedelta) -> torch.distributed.Store:
     """Return a new store, which rank 0 hosts and through which the ranks find one another.
 
-    torchrun's store only tells its port: kept for all restarts, it holds the addresses of dead
-    processes, and two machines can have counted different numbers of restarts.
+    torchrun's store survives restarts, and so do the addresses of dead ranks in it, from which
+    PyTorch would wait for an answer. It is only used to tell the port of the new store.
     """
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
     if rank == 0:

@@ -51,13 +51,12 @@ def read_json(path: Path, description: str) -> dict:
 
     Raises UserError if it is not a JSON object, FileNotFoundError if there is no file.
     """
+    data = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, not an object")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not {description} ({error})") from None
     return content
 
@@ -95,7 +94,7 @@ def save_pt(path: Path, content: dict) -> None:
     try:
         with atomic_write(path) as file:
             torch.save(to_cpu(content), file)
-    except RuntimeError as error:  # torch.save covers an OSError with errors of its own
+    except RuntimeError as error:  # torch.save hides an OSError behind errors of its own
         cause: BaseException = error
         while cause.__context__:
             cause = cause.__context__
@@ -115,8 +114,8 @@ def to_cpu(value: Any) -> Any:
 
 
 def load_pt(path: Path) -> dict:
-    """Return the content of a file written by `save_pt`, with its checksums verified: `torch.load`
-    does not.
+    """Return the content of a file written by `save_pt`, after verifying its checksums, which
+    `torch.load` does not do.
 
     Raises UserError for a file that is missing, damaged, or not a dictionary of tensors and plain
     values.
@@ -138,19 +137,24 @@ def load_pt(path: Path) -> dict:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
     except Exception as error:  # a truncated or malicious file can raise anything
-        reason = re.split(r"\. |\n", str(error))[0][:120]  # without advice to load it unsafely
+        reason = re.split(r"\. |\n", str(error))[0][:120]  # without advice to load unsafely
         raise UserError(f"{path} is damaged or not a .pt file ({reason})") from None
     return content
 
 
 @contextlib.contextmanager
-def run_lock(folder: str | Path, setting: str = "log_dir") -> Iterator[Callable[[], None]]:
+def run_lock(folder: str | Path, setting: str = "log_dir",
+             enabled: bool = True) -> Iterator[Callable[[], None]]:
     """Hold the lock of `folder`, the value of `setting`, and create the folder if it is missing.
 
     Yields a function to call before writing to the folder: it raises UserError if the folder has
-    been moved, removed or replaced since. The system releases the lock when the process ends,
-    however it ends. Raises UserError if another process holds it or the folder is not writable.
+    been moved, removed or replaced since. A killed process does not hold its lock any longer.
+    Raises UserError if another process holds it or the folder is not writable. Not `enabled`: do
+    nothing.
     """
+    if not enabled:
+        yield lambda: None
+        return
     folder = Path(folder)
     owner_file = folder / ".lock_owner"
     owner = f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}"
@@ -186,7 +190,7 @@ def run_lock(folder: str | Path, setting: str = "log_dir") -> Iterator[Callable[
                 file.unlink(missing_ok=True)
         lock.release()
         if is_new:
-            with contextlib.suppress(OSError):  # it has files
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 

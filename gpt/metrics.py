@@ -20,7 +20,7 @@ from gpt.distributed import Ranks
 from gpt.errors import UserError
 from gpt.files import atomic_write, parse_record
 
-MAX_TRAIN_RECORDS = 1000  # kept in memory, for diagnostics
+MAX_TRAIN_RECORDS = 1000  # kept in memory for gpt/diagnostics.py, which reads no more
 
 
 @dataclass
@@ -33,7 +33,7 @@ class RunLog:
 
     folder: Path
     ranks: Ranks
-    assert_held: Callable[[], None]  # see `gpt.files.run_lock`
+    assert_lock_held: Callable[[], None]  # see `gpt.files.run_lock`
     start_step: int
     max_steps: int
     log_every: int
@@ -46,10 +46,10 @@ class RunLog:
 
     def __post_init__(self) -> None:
         self.path = self.folder / "metrics.jsonl"
-        self.train_records: list[dict] = []  # the newest ones
-        self.evaluations: list[dict] = []  # all others
+        self.train_records: list[dict] = []  # the newest
+        self.evaluations: list[dict] = []  # all records of val, samples, hellaswag and start
         self.warned: set[str] = set()
-        self.line_break = ""  # ends a line that could only be written in part
+        self.line_break = ""  # ends a partly written line
         self.bar: tqdm | None = None
         self.writer: Any = None  # TensorBoard's
         self.wandb: Any = None
@@ -65,6 +65,7 @@ class RunLog:
                 record = parse_record(line)
                 if record is None:
                     continue
+                # Step numbers count from 0; an evaluation has the number of finished steps.
                 if record["step"] >= self.start_step + (record["split"] != "train"):
                     break
                 self._remember(record)
@@ -79,22 +80,24 @@ class RunLog:
         else:
             self.evaluations.append(record)
 
-    def _split(self, split: str) -> list[dict]:
+    def _records(self, split: str) -> list[dict]:
         return [record for record in self.evaluations if record["split"] == split]
 
-    def is_logged(self, split: str, step: int) -> bool:
-        """Return whether `split` ("val", "samples" or "hellaswag") was evaluated after `step`."""
-        return any(record["step"] == step for record in self._split(split))
+    def is_due(self, split: str, every: int, step: int, finished: bool) -> bool:
+        """Return whether to evaluate `split` ("val", "samples" or "hellaswag") after `step` steps:
+        every `every` steps (0: never) and when the run is finished, unless it is logged already."""
+        is_time = every > 0 and step > 0 and (step % every == 0 or finished)
+        return is_time and all(record["step"] != step for record in self._records(split))
 
     @property
     def best_loss(self) -> float:
         """The lowest validation loss so far, in nats per token; infinity before the first one."""
-        return min((record["loss"] for record in self._split("val")), default=math.inf)
+        return min((record["loss"] for record in self._records("val")), default=math.inf)
 
     @property
     def should_stop_early(self) -> bool:
         """Whether the last `patience` validations had no new best loss; never if it is 0."""
-        losses = [record["loss"] for record in self._split("val")]
+        losses = [record["loss"] for record in self._records("val")]
         if not losses or not self.patience:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.patience
@@ -102,7 +105,8 @@ class RunLog:
     def log_start(self, train_config: dict, **environment: Any) -> None:
         """Write config.yaml, record where the run starts or resumes, and show the progress bar.
 
-        train_config: the settings as plain values. environment: what the run runs on.
+        train_config: the settings as plain values. environment: commit, PyTorch version, device
+        and number of ranks.
         """
         if self.ranks.is_master:
             with atomic_write(self.folder / "config.yaml") as file:
@@ -132,7 +136,7 @@ class RunLog:
             memory = f" | peak memory: {gigabytes:.1f} GB"
         self._append("train", step, record)
         if self.bar is not None:
-            val = "".join(f"val {record['loss']:.4f}, " for record in self._split("val")[-1:])
+            val = "".join(f"val {record['loss']:.4f}, " for record in self._records("val")[-1:])
             self.bar.set_postfix_str(f"loss {loss:.4f}, {val}{tokens_per_s:,.0f} tokens/s, "
                                      f"{mfu:.0%} MFU", refresh=False)
             self.bar.update()
@@ -141,7 +145,7 @@ class RunLog:
             self.ranks.print(f"step {step} | loss: {loss:.4f} | lr: {lr:.6f} | dt: "
                              f"{seconds * 1000:.0f}ms | grad norm: {grad_norm:.2f} | tokens/s: "
                              f"{tokens_per_s:,.0f} | mfu: {mfu:.0%} | epoch: {epoch:.2f}{memory}")
-        issues = diagnose(self.train_records, self._split("val"), self.vocab_size,
+        issues = diagnose(self.train_records, self._records("val"), self.vocab_size,
                           self.warmup_steps)
         for name, message in issues.items():
             self._warn_once(name, message)
@@ -170,7 +174,7 @@ class RunLog:
         if not self.ranks.is_master:
             return
         pages = []
-        for record in self._split("samples"):
+        for record in self._records("samples"):
             header = f"--- sample at step {record['step']} ---"
             pages.append("\n".join(f"{header}\n{text.strip()}\n---" for text in record["texts"]))
         self.ranks.print(pages[-1])
@@ -214,7 +218,7 @@ class RunLog:
                                         config=train_config, sync_tensorboard=True)
             except wandb.Error as error:
                 raise UserError(f"wandb_project {wandb_project!r}: {error}") from None
-        # Drops the events of later steps, which a killed run has left.
+        # Drops events that a killed run logged after the checkpoint.
         self.writer = tensorboard.SummaryWriter(self.folder, purge_step=self.start_step + 1)
         settings = f"```\n{yaml.safe_dump(train_config, sort_keys=False)}```"
         self._track(lambda writer: writer.add_text("settings", settings, self.start_step))
@@ -225,7 +229,7 @@ class RunLog:
             self.bar.close()
         self._track(lambda writer: writer.close())
         if self.wandb:
-            self.wandb.finish()
+            self._track(lambda _: self.wandb.finish())
 
     def _append(self, split: str, step: int, values: dict) -> None:
         """Remember a record and write it to metrics.jsonl and the trackers."""
@@ -234,14 +238,14 @@ class RunLog:
         if not self.ranks.is_master:
             return
         try:
-            self.assert_held()
+            self.assert_lock_held()
             with open(self.path, "a") as file:  # opened each time: a killed process loses no line
                 file.write(self.line_break + json.dumps(record) + "\n")
             self.line_break = ""
         except OSError as error:
             self.line_break = "\n"
             self._warn_once("metrics", f"{self.path} cannot be written ({error.strerror}): this "
-                                       f"step is missing in it")
+                                       f"step is not logged")
         scalars = {f"{split}/{name}": value for name, value in values.items()
                    if isinstance(value, int | float)}
         self._track(lambda writer: [writer.add_scalar(name, value, step)
@@ -257,7 +261,7 @@ class RunLog:
         if self.writer:
             try:
                 send(self.writer)
-            except Exception as error:  # no failure of a tracker may end the run
+            except Exception as error:  # a failing tracker must not end the run
                 self.writer = None
                 self.ranks.print(f"warning: TensorBoard or Weights & Biases failed ({error}): the "
                                  f"run continues without them")

@@ -11,8 +11,8 @@ class StopHandler:
 
     A second signal ends the process immediately, except under torchrun: a cluster may signal both
     torchrun and its workers, and torchrun forwards its signal, so a worker can get the same one
-    twice. An ignored SIGHUP, as under nohup, stays ignored. Other threads than the main one get no
-    signals.
+    twice. An ignored SIGHUP, as under nohup, stays ignored. Outside the main thread it does
+    nothing: Python allows signal handlers only there.
     """
 
     def __init__(self, verbose: bool):
@@ -40,5 +40,5 @@ class StopHandler:
         repeat = "" if under_torchrun else " (repeat to exit immediately)"
         text = f"{signal.Signals(signum).name}: finishing this step and saving{repeat}\n"
         if self.verbose:
-            with contextlib.suppress(OSError):  # not print: the signal may have interrupted one
+            with contextlib.suppress(OSError):  # not print: the signal may interrupt one
                 os.write(1, text.encode())

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import json
 import math
 import signal
 import subprocess
@@ -22,11 +21,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.checkpoint import (
+    Checkpoint,
     CheckpointManager,
     assert_same_settings,
     load_checkpoint,
     load_latest,
-    resume,
 )
 from gpt.config import GPTConfig
 from gpt.dataloader import DataLoaderLite
@@ -37,7 +36,7 @@ from gpt.evaluation import evaluate_loss
 from gpt.files import run_lock
 from gpt.flops import flops_per_token, peak_flops
 from gpt.generation import generate_text
-from gpt.hellaswag import evaluate_hellaswag, load_examples
+from gpt.hellaswag import Example, evaluate_hellaswag, load_examples
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizer, get_lr
@@ -46,7 +45,7 @@ from gpt.signals import StopHandler
 from gpt.tokenizer import Tokenizer
 from scripts.cli import run_cli
 
-TYPICAL_MFU = 0.3  # for the time that a run is expected to take
+TYPICAL_MFU = 0.3  # assumed when predicting the duration of a run
 
 
 @dataclass
@@ -65,11 +64,11 @@ class TrainConfig:
     max_steps: int = 1000  # optimizer steps to train for
     max_tokens: int = 0  # tokens to train on, overrides max_steps; 0: off
     max_epochs: float = 0  # epochs to train for, overrides max_steps; 0: off
-    patience: int = 0  # validations without a new best loss before the run stops early; 0: off
+    patience: int = 0  # stop after this many validations without a new best; 0: off
     overfit_one_batch: bool = False  # sanity check: train on the first batch; loss must reach 0
     seed: int = 1337  # random seed for init, data order and dropout
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices in blocks, AdamW for others
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for matrices in blocks, else AdamW
     max_lr: float = 6e-4  # peak learning rate, reached after warmup
     min_lr_ratio: float = 0.1  # final learning rate as a fraction of max_lr
     warmup_steps: int = 100  # linear learning-rate warmup, in steps
@@ -94,10 +93,10 @@ class TrainConfig:
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
     precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 if native, else float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA with a C compiler
-    rank_timeout: float = 600  # seconds without progress before all ranks abort
+    rank_timeout: float = 600  # seconds that ranks wait for one another before they abort
 
     def __post_init__(self) -> None:
-        """Raise UserError for a number that no setting can have."""
+        """Raise UserError if a setting is out of range."""
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not 0 <= value < 2**63:
                 raise UserError(f"--{name} is {value}: must be at least 0 and below 2^63")
@@ -110,7 +109,7 @@ class TrainConfig:
 def main(config: TrainConfig) -> int:
     """Train, and return the exit status: 0, or 128 + the signal that stopped the run early."""
     try:
-        with contextlib.ExitStack() as exit_stack:
+        with contextlib.ExitStack() as exit_stack:  # closes what train() opens, however it ends
             return train(config, exit_stack)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
@@ -118,72 +117,65 @@ def main(config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
-    """Build everything, resume the run in log_dir if there is one, train, and return the exit
-    status. exit_stack: closes at the end what is opened here."""
+    """Build everything, resume the run in log_dir if there is one, and train; see `main`."""
     ranks = exit_stack.enter_context(init_ranks(config.device, config.rank_timeout))
-    lock = run_lock(config.log_dir) if ranks.is_master else contextlib.nullcontext(lambda: None)
-    assert_held = exit_stack.enter_context(lock)
+    assert_lock_held = exit_stack.enter_context(run_lock(config.log_dir, enabled=ranks.is_master))
     tune_device(ranks.device)
-
-    latest = load_latest(config.log_dir, ranks.print, with_optim=True)
+    latest = load_latest(config.log_dir, ranks.print, with_optim=True)  # None: a new run
     config, tokenizer = resolve_auto(config, ranks)
     model = init_model(config, tokenizer, latest).to(ranks.device)
-    config, train_loader, val_loader = load_data(replace(config, model=model.config), ranks)
+    config = replace(config, model=model.config)
+    config, train_loader, val_loader, examples = load_data(config, ranks)
     optimizer = configure_optimizer(model, config.optimizer, lr=config.max_lr,
                                     weight_decay=config.weight_decay, betas=config.betas)
     dtype = DTYPES[config.precision]
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-    examples = (load_examples(config.hellaswag_data, config.hellaswag_limit)
-                if config.hellaswag_every else [])
 
-    metadata = {"tokenizer": tokenizer.merge_table if tokenizer else None,
-                "train_config": json.loads(json.dumps(asdict(config))),  # tuples become lists
-                "data": fingerprint(config.data_root)}
-    step = resume(latest, optimizer, scaler, metadata, ranks.print) if latest else 0
-    ranks.assert_equal({**metadata["train_config"], **metadata["data"], "step": step})
-    checkpoints = CheckpointManager(Path(config.log_dir), ranks, assert_held, model, optimizer,
-                                    scaler, metadata, saved_step=step if latest else -1)
-    del latest  # gigabytes
-    log = exit_stack.enter_context(open_log(config, ranks, assert_held, step, model,
-                                            train_loader))
+    metadata: dict[str, Any] = {"train_config": asdict(config), "data": fingerprint(config.data_root)}
+    metadata["tokenizer"] = tokenizer.merge_table if tokenizer else None
+    checkpoints = CheckpointManager(Path(config.log_dir), ranks, assert_lock_held, model, optimizer,
+                                    scaler, metadata)
+    step = checkpoints.resume(latest) if latest else 0
+    ranks.assert_equal({**asdict(config), **metadata["data"], "step": step})
+    log = exit_stack.enter_context(
+        open_log(config, ranks, assert_lock_held, step, model, train_loader))
     ddp = ranks.world_size > 1
     ddp_model: Any = torch.compile(model) if config.compile else model
     if ddp:
         ddp_model = DistributedDataParallel(ddp_model)  # evaluation and sampling use `model`
+    grad_accum_steps = train_loader.grad_accum_steps
     stop = StopHandler(verbose=ranks.is_master)
 
     stopping = False
     while not stopping:
         finished = step >= config.max_steps or log.should_stop_early
 
-        # Save first: nothing that follows can cost what was learned.
-        if step == 0 or finished or is_due(config.save_every, step):
-            checkpoints.save(step, required=step == 0)
+        # Save before evaluating, which can fail. A step that is already saved is not saved again.
+        if step == 0 or finished or (config.save_every and step % config.save_every == 0):
+            checkpoints.save(step, required=step == 0 or finished)
 
-        # Evaluate and sample, each once per step, also across restarts.
-        if is_due(config.eval_every, step, finished) and not log.is_logged("val", step):
+        # Evaluate and sample. A resumed run does not repeat what is already logged.
+        if log.is_due("val", config.eval_every, step, finished):
             batches = val_loader.eval_batches(config.eval_tokens, show_bar=log.bar is not None)
             val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, ranks, tokenizer)
             assert_finite(step, f"validation loss {val_loss}", val_loss)
             if val_loss < log.best_loss:
                 checkpoints.save_best(step, val_loss)
             log.log_validation(step, val_loss, bits_per_byte)
-            if log.should_stop_early:
-                finished = True
-                checkpoints.save(step)
-        if is_due(config.sample_every, step, finished) and not log.is_logged("samples", step):
-            with autocast:
+            finished = finished or log.should_stop_early
+        if log.is_due("samples", config.sample_every, step, finished):
+            with autocast:  # the same on all ranks
                 texts = generate_text(model, tokenizer, config.sample_prompts, config.sample_tokens,
                                       temperature=0.8, top_k=200, seed=config.seed)
             log.log_samples(step, texts)
-        if is_due(config.hellaswag_every, step, finished) and not log.is_logged("hellaswag", step):
+        if log.is_due("hellaswag", config.hellaswag_every, step, finished):
             result = evaluate_hellaswag(model, tokenizer, examples, autocast, ranks,
-                                        log.bar is not None, lambda: stop.requested)
+                                        show_bar=log.bar is not None,
+                                        stopped=lambda: stop.requested)
+            stopping = result is None
             if result:
                 log.log_hellaswag(step, result)
-            else:
-                stopping = True
         if finished or stopping:
             break
 
@@ -194,29 +186,26 @@ def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=ranks.device)
-        for micro_step in range(train_loader.grad_accum_steps):
+        for micro_step in range(grad_accum_steps):
             x, y = train_loader.batch(0 if config.overfit_one_batch else step, micro_step)  # (B, T)
-            if config.model.dropout:
-                seed_dropout(config.seed, step, micro_step, ranks.rank)
+            seed_dropout(config.seed, step, micro_step, ranks.rank)
             if ddp:  # average the gradients over ranks once per step
-                is_last = micro_step == train_loader.grad_accum_steps - 1
-                ddp_model.require_backward_grad_sync = is_last
+                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                loss = ddp_model(x, y) / train_loader.grad_accum_steps
+                loss = ddp_model(x, y) / grad_accum_steps
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
-        max_norm = config.grad_clip or math.inf
-        total_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        # The step's one wait for the device and for other ranks.
-        train_loss, grad_norm, votes = ranks.mean(loss_sum, total_norm, stop.requested)
+        # The step's one wait for the device and for the other ranks.
+        train_loss, grad_norm, stop_votes = ranks.mean(loss_sum, norm, stop.requested)
         assert_finite_step(step, train_loss, grad_norm, scaler, ranks)
         log.log_step(step, train_loss, lr, grad_norm, time.perf_counter() - t0)
-        stopping = votes > 0
+        stopping = stop_votes > 0
         step += 1
 
     checkpoints.save(step, required=True)
@@ -225,53 +214,54 @@ def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
 
 
 def resolve_auto(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, Any]:
-    """Decide every 0 and "auto" of the settings that needs no model; return the settings and the
+    """Resolve all settings that are 0 or "auto" and do not depend on the model; return them and the
     data's `Tokenizer`, None if it is unknown."""
     meta = read_meta(config.data_root)
     vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
     default = "gpt2" if vocab_size == 50257 else None
     tokenizer = read_tokenizer(config.data_root, {"tokenizer": default, **meta})
     if not tokenizer:
-        ranks.print(f"no tokenizer is known for the data (vocab_size {vocab_size}): no samples are "
-                    f"generated, and HellaSwag is not evaluated")
+        ranks.print(f"unknown tokenizer (vocab_size {vocab_size}): no samples and no HellaSwag")
         config = replace(config, sample_every=0, hellaswag_every=0)
     if not config.sample_prompts:
         config = replace(config, sample_every=0)
     if config.overfit_one_batch:
-        config = replace(config, eval_every=0)  # only the loss of that batch matters
+        config = replace(config, eval_every=0, patience=0)  # only that batch's loss matters
     if config.seq_len == "auto":
-        fits = auto_seq_len(config.data_root, ["train", "val"] if config.eval_every else ["train"])
-        config = replace(config, seq_len=min(fits, config.model.block_size or fits))
+        splits = ["train", "val"] if config.eval_every else ["train"]
+        longest = auto_seq_len(config.data_root, splits)
+        config = replace(config, seq_len=min(longest, config.model.block_size or longest))
     if config.init_from == "scratch":  # else the model's config comes from there
         block_size = config.model.block_size or int(config.seq_len)
         model = replace(config.model, vocab_size=vocab_size, block_size=block_size)
         config = replace(config, model=model)
     use_compile = select_compile(config.compile, ranks.device)
     if config.compile == "auto" and ranks.device.type == "cuda" and not use_compile:
-        ranks.print("torch.compile is off: it needs a GPU from Volta on, Triton and a C compiler")
+        ranks.print("torch.compile is off: it needs a Volta or newer GPU, Triton and a C compiler")
     precision = select_precision(config.precision, ranks.device)
     return replace(config, precision=precision, compile=use_compile), tokenizer
 
 
-def init_model(config: TrainConfig, tokenizer: Tokenizer | None, latest: tuple | None) -> GPT:
+def init_model(config: TrainConfig, tokenizer: Tokenizer | None,
+               latest: Checkpoint | None) -> GPT:
     """Return the model on the CPU: from the checkpoint `latest` if there is one, else from
     `init_from`. Raises UserError if it does not fit the settings or the data."""
     if latest:
-        path, checkpoint, _ = latest
-        assert_same_settings(path, checkpoint, asdict(config))
-        model = GPT.from_checkpoint(checkpoint, dropout=config.model.dropout)
+        assert_same_settings(latest, asdict(config))
+        model = GPT.from_checkpoint(latest.model, dropout=config.model.dropout)
     elif config.init_from == "scratch":
         torch.manual_seed(config.seed)
         model = GPT(config.model)
     else:
         checkpoint = load_checkpoint(config.init_from)
         if checkpoint["tokenizer"] != (tokenizer.merge_table if tokenizer else None):
-            raise UserError(f"{config.init_from} has another tokenizer than the data in "
+            raise UserError(f"{config.init_from} uses another tokenizer than the data in "
                             f"{config.data_root!r}: prepare the data with the model's tokenizer")
         max_positions = checkpoint["config"]["block_size"]
         if config.model.block_size > max_positions:
-            raise UserError(f"--model.block_size is {config.model.block_size}, {config.init_from} "
-                            f"has {max_positions} positions: they can be truncated, not extended")
+            raise UserError(f"--model.block_size is {config.model.block_size}, but "
+                            f"{config.init_from} has {max_positions} positions, which can be "
+                            f"truncated but not extended")
         block_size = config.model.block_size or max_positions
         model = GPT.from_checkpoint(checkpoint, dropout=config.model.dropout, block_size=block_size)
     if int(config.seq_len) > model.config.block_size:
@@ -280,9 +270,10 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer | None, latest: tuple |
     return model
 
 
-def load_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, DataLoaderLite, Any]:
-    """Return the settings with their final max_steps, and the loaders of the train and val splits
-    (val: None without validation)."""
+def load_data(config: TrainConfig,
+              ranks: Ranks) -> tuple[TrainConfig, DataLoaderLite, Any, list[Example]]:
+    """Return the settings with their final max_steps, the loaders of the train and val splits (val:
+    None without validation), and the examples of HellaSwag ([] if it is not evaluated)."""
     loader = partial(DataLoaderLite, config.data_root, micro_batch_size=config.micro_batch_size,
                      seq_len=int(config.seq_len), vocab_size=config.model.vocab_size,
                      seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
@@ -296,13 +287,16 @@ def load_data(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, DataLoade
     if tokens := config.max_tokens or config.max_epochs * train_loader.epoch_tokens:
         max_steps = math.ceil(tokens / config.total_batch_size)
         config = replace(config, max_steps=max_steps, max_tokens=0, max_epochs=0)
-    return config, train_loader, val_loader
+    examples = []
+    if config.hellaswag_every:
+        examples = load_examples(config.hellaswag_data, config.hellaswag_limit)
+    return config, train_loader, val_loader, examples
 
 
 @contextlib.contextmanager
-def open_log(config: TrainConfig, ranks: Ranks, assert_held: Callable[[], None], step: int,
+def open_log(config: TrainConfig, ranks: Ranks, assert_lock_held: Callable[[], None], step: int,
              model: GPT, train_loader: DataLoaderLite) -> Iterator[RunLog]:
-    """Print what the run is and how long it will take, and yield its log."""
+    """Print a summary of the run, with its expected duration, and yield its log."""
     n_params = model.num_parameters()
     peak, source = peak_flops(ranks.device, DTYPES[config.precision])
     token_flops = flops_per_token(config.model, n_params, int(config.seq_len))
@@ -311,12 +305,12 @@ def open_log(config: TrainConfig, ranks: Ranks, assert_held: Callable[[], None],
     ranks.print(f"{n_params:,} parameters, {config.precision}, a step is "
                 f"{train_loader.grad_accum_steps} x {config.micro_batch_size} x {config.seq_len} "
                 f"tokens{on_ranks}, peak {peak / 1e12:.3g} TFLOP/s for MFU ({source})")
-    log = RunLog(Path(config.log_dir), ranks, assert_held, step, config.max_steps,
+    log = RunLog(Path(config.log_dir), ranks, assert_lock_held, step, config.max_steps,
                  log_every=config.log_every, patience=config.patience,
                  warmup_steps=config.warmup_steps, vocab_size=config.model.vocab_size,
                  step_tokens=config.total_batch_size, epoch_tokens=train_loader.epoch_tokens,
                  peak_seconds=peak_seconds)
-    if step < config.max_steps and not log.should_stop_early:  # else no file may change
+    if step < config.max_steps and not log.should_stop_early:  # a finished run changes no file
         seconds = math.ceil((config.max_steps - step) * peak_seconds / TYPICAL_MFU)
         advice = ""
         if ranks.device.type == "cpu" and seconds > 3600:
@@ -339,7 +333,8 @@ def open_log(config: TrainConfig, ranks: Ranks, assert_held: Callable[[], None],
 
 
 def git_commit() -> str | None:
-    """Return this repository's commit, with "-dirty" if files differ from it; None outside git."""
+    """Return this repository's commit, with "-dirty" if files differ from it; None outside a git
+    repository."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
@@ -355,17 +350,11 @@ def seed_dropout(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
-def is_due(every: int, step: int, finished: bool = False) -> bool:
-    """Return whether an action with the interval `every` (steps; 0: never) is due after `step`
-    steps, or at the end."""
-    return every > 0 and step > 0 and (step % every == 0 or finished)
-
-
 def assert_finite(step: int, description: str, *values: float) -> None:
     """Raise UserError with the `description` of the values if one of them is infinite or NaN."""
     if not all(map(math.isfinite, values)):
-        raise UserError(f"step {step}: {description}, the run has diverged: rerun with a lower "
-                        f"--max_lr or --grad_clip or more --warmup_steps; it resumes from the last "
+        raise UserError(f"step {step}: {description}, the run has diverged: lower --max_lr or "
+                        f"--grad_clip, or raise --warmup_steps, and rerun to resume from the last "
                         f"checkpoint")
 
 

@@ -108,7 +108,7 @@ CASES = [
     ("train", "--log_dir {}/file", "log_dir", "{}/file"),
     ("train", "--log_dir {}/damaged_run", "none of the 1 checkpoints", "damaged_run"),
     ("train", "--init_from {}/gpt2.pt --model.block_size 33", "block_size is 33", "16 positions"),
-    ("train", "--init_from {}/no_tokenizer.pt", "no_tokenizer.pt has another tokenizer than the",
+    ("train", "--init_from {}/no_tokenizer.pt", "no_tokenizer.pt uses another tokenizer than the",
      "{}/good"),
     ("train", "--init_from {}", "'{}' has no config.json", "model_<step>.pt"),
     ("generate", "", "no checkpoint in log_dir", "scripts.train"),

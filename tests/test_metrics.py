@@ -75,8 +75,12 @@ def test_resumed_log_keeps_the_evaluations_of_its_model(tmp_path):
                        (2, "val"), (2, "samples"), (2, "start")]
     assert again.best_loss == 4.0
     for split in ("val", "samples"):
-        assert again.is_logged(split, 2) and not again.is_logged(split, 3)
-    assert not again.is_logged("hellaswag", 2)
+        due = [again.is_due(split, every=1, step=step, finished=False) for step in (0, 1, 2, 3)]
+        assert due == [False, False, False, True]
+    assert again.is_due("hellaswag", every=2, step=2, finished=False)
+    assert again.is_due("hellaswag", every=2, step=3, finished=True)
+    assert not again.is_due("hellaswag", every=2, step=3, finished=False)
+    assert not again.is_due("hellaswag", every=0, step=3, finished=True)
     again.log_samples(3, ["\udce9 another text"])  # a byte that is not UTF-8
     samples = (tmp_path / "samples.txt").read_text()
     assert "text 1 Ü\ufffd" in samples and "another text" in samples and "text 2" not in samples

@@ -35,10 +35,10 @@ def test_all_automatic_settings_are_replaced(tmp_path):
     config, tokenizer = resolve_auto(tiny_config(str(tmp_path), seq_len="auto", micro_batch_size=1,
                                                  total_batch_size=64), RANKS)
     model = init_model(config, tokenizer, latest=None)
-    _, train_loader, val_loader = load_data(config, RANKS)
+    _, train_loader, val_loader, _ = load_data(config, RANKS)
     assert config.seq_len == config.model.block_size == model.config.block_size == 64
     assert (train_loader.n_sequences, val_loader.n_sequences) == (9, 1)
-    assert len(train_loader.paths) == 2
+    assert len(train_loader.shards) == 2
     assert config.precision == select_precision("auto", RANKS.device) and config.compile is False
     assert tokenizer is None and config.sample_every == 0
 
