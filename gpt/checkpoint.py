@@ -275,10 +275,8 @@ def assert_same_data(latest: Checkpoint, data: dict[str, str], data_root: str) -
                             f"{path} --log_dir NEW")
 
 
-def find_checkpoint(config: CheckpointConfig, note: str = "",
-                    verbose: bool = True) -> tuple[str, dict]:
-    """Return the name and content of the checkpoint to use; print the name and `note` to standard
-    error."""
+def find_checkpoint(config: CheckpointConfig, verbose: bool = True) -> tuple[str, dict]:
+    """Return the name and content of the checkpoint to use; print its name to standard error."""
     if config.checkpoint is not None:
         source, checkpoint = config.checkpoint, load_checkpoint(config.checkpoint)
     elif latest := load_latest(config.log_dir, lambda text: print(text, file=sys.stderr)):
@@ -288,15 +286,15 @@ def find_checkpoint(config: CheckpointConfig, note: str = "",
                         f"scripts.train`, or pass --checkpoint")
     if verbose:
         step = f": step {checkpoint['step']}" if checkpoint["step"] else ""
-        print(f"{source}{step}{note}", file=sys.stderr)
+        print(f"{source}{step}", file=sys.stderr)
     return source, checkpoint
 
 
-def load_model(config: CheckpointConfig, device: torch.device, note: str = "",
+def load_model(config: CheckpointConfig, device: torch.device,
                verbose: bool = True) -> tuple[str, GPT, Tokenizer]:
     """Return the name, the model (on `device`, in evaluation mode) and the tokenizer of a
     checkpoint, see `find_checkpoint`."""
-    source, checkpoint = find_checkpoint(config, note, verbose)
+    source, checkpoint = find_checkpoint(config, verbose)
     if not checkpoint["tokenizer"]:
         raise UserError(f"checkpoint {source} has no known tokenizer (trained on raw token ids): "
                         f"use it from Python (GPT.from_checkpoint)")

@@ -21,9 +21,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a file for writing bytes; it appears as `path` when the block ends without an exception.
 
     The bytes go to `.<name>.tmp` in the same folder, are synced to disk, and replace `path` in one
-    step (`os.replace`): a crash leaves the old file or the new one. An exception in the block
-    removes the temporary file; the next write replaces that of a killed process. An OSError, for
-    example on a full disk, names `path`.
+    step (`os.replace`): a crash or a power failure leaves the old file or the new one. An exception
+    in the block removes the temporary file; the next write replaces that of a killed process. An
+    OSError, for example on a full disk, names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -38,12 +38,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
-    if os.name == "posix":  # the rename must survive a power failure; Windows opens no folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_json(path: Path, description: str) -> dict:
@@ -66,14 +60,10 @@ def parse_record(line: bytes) -> dict | None:
     of a killed run can be."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+        is_valid = isinstance(record["step"], int) and isinstance(record["split"], str)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        return None
-    value = {"train": "loss", "val": "loss", "hellaswag": "acc"}.get(str(record.get("split")))
-    if value and not isinstance(record.get(value), int | float):
-        return None
-    return record
+    return record if is_valid else None
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -202,13 +202,18 @@ class RunLog:
     def open_trackers(self, wandb_project: str | None, train_config: dict) -> None:
         """Open TensorBoard's writer and, if set, a Weights & Biases run that copies its data.
 
-        Raises UserError if a package is missing or Weights & Biases refuses the project.
+        Raises UserError if wandb is not installed or refuses the project.
         """
         if not self.ranks.is_master:
             return
-        tensorboard = import_or_error("torch.utils.tensorboard", "tensorboard")
+        from torch.utils import tensorboard  # takes a second
+
         if wandb_project:
-            wandb = import_or_error("wandb", "wandb")
+            try:
+                wandb: Any = importlib.import_module("wandb")
+            except ImportError as error:
+                raise UserError(f"--wandb_project needs wandb ({error}): pip install wandb"
+                                ) from None
             id_file = self.folder / "wandb_run.txt"  # a resumed run keeps its W&B run
             if self.start_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex)
@@ -265,11 +270,3 @@ class RunLog:
                 self.writer = None
                 self.ranks.print(f"warning: TensorBoard or Weights & Biases failed ({error}): the "
                                  f"run continues without them")
-
-
-def import_or_error(module: str, package: str) -> Any:
-    """Import a module of an optional package. Raises UserError if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{package} is not installed ({error}): pip install {package}") from None

@@ -38,13 +38,12 @@ class GenerateConfig(CheckpointConfig):
 
 
 def main(config: GenerateConfig) -> None:
-    """Continue the prompt with a checkpoint;
-    print the checkpoint and the dtype to standard error."""
+    """Continue the prompt with a checkpoint, whose name goes to standard error."""
     check_config(config)
     device, dtype = select_device(config.device), config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if select_precision("auto", device) == "bf16" else "float32"
-    _, model, tokenizer = load_model(config, device, note=f", {dtype}")
+    _, model, tokenizer = load_model(config, device)
     prepare_for_inference(model, getattr(torch, dtype))
     # the default is not None, because tyro parses the prompt `None` as None
     is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)

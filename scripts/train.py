@@ -132,7 +132,7 @@ def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
 
-    metadata: dict[str, Any] = {"train_config": asdict(config), "data": fingerprint(config.data_root)}
+    metadata: dict[str, Any] = dict(train_config=asdict(config), data=fingerprint(config.data_root))
     metadata["tokenizer"] = tokenizer.merge_table if tokenizer else None
     checkpoints = CheckpointManager(Path(config.log_dir), ranks, assert_lock_held, model, optimizer,
                                     scaler, metadata)
@@ -337,11 +337,10 @@ def git_commit() -> str | None:
     repository."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() or None
 
 
 def seed_dropout(*numbers: int) -> None:
