@@ -32,5 +32,5 @@ def python(*args: object) -> str:
 
 
 def rate(*args: object) -> float:
-    """Return the tokens/s that `python -m …` prints as its last word, as scripts.bench does."""
+    """Return the tokens/s that `python -m …` prints as its last word, as benchmarks.bench does."""
     return float(python(*args).split()[-1])

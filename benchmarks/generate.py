@@ -1,7 +1,7 @@
 """Greedy generation with a KV cache in float32, against transformers: python -m benchmarks.generate
 
 Both are GPT-2 124M with random weights and alternate, each in a separate process.
-Other flags go to scripts.bench.
+Other flags go to benchmarks.bench.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
         words = ["--batch_sizes", B, "--max_new_tokens", args.max_new_tokens]
         compare(f"{B} x {args.max_new_tokens} tokens", "tokens/s", {
             "transformers": partial(rate, "benchmarks.generate", "--peer", *words),
-            "ours": partial(rate, "scripts.bench", "generate", "--dtypes", "float32",
+            "ours": partial(rate, "benchmarks.bench", "generate", "--dtypes", "float32",
                             "--num_repeats", 3, *words, *flags)}, args.rounds)
 
 

@@ -1,8 +1,8 @@
 """Run all tests and benchmarks that need a GPU, in ten minutes:
 python -m benchmarks.gpu_check, or make gpu-check
 
-Runs the tests marked `cuda`, then scripts.bench with GPT-2 124M. If a part fails or times out, it
-is reported, the others still run, and the exit status is 1.
+Runs the tests marked `cuda`, then benchmarks.bench with GPT-2 124M. If a part fails or times out,
+it is reported, the others still run, and the exit status is 1.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> int:
                 "--seq_len", str(T), "--total_batch_size", str(B * T)] for optimizer, B, T in TRAIN]
     tests = ["pytest", "-o", "addopts=", "-m", "cuda", "-q", "tests/test_cuda.py"]
     commands = [(tests, TESTS_LIMIT)]
-    commands += [(["scripts.bench", *words, *(QUICK if quick else [])], BENCH_LIMIT)
+    commands += [(["benchmarks.bench", *words, *(QUICK if quick else [])], BENCH_LIMIT)
                  for words in [*benches, ["generate", "--num_repeats", "3"]]]
     failed = False
     for words, limit in commands:

@@ -2,7 +2,7 @@
 python -m benchmarks.peers --nanogpt PATH
 
 PATH is a checkout of github.com/karpathy/nanoGPT. The two alternate, each in a separate process.
-Other flags go to scripts.bench, such as --precision float32.
+Other flags go to benchmarks.bench, such as --precision float32.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> None:
         compare(shape, "tokens/s", {
             "nanoGPT": partial(rate, "benchmarks.peers", "--peer", "--nanogpt", args.nanogpt,
                                "--shape", shape),
-            "ours": partial(rate, "scripts.bench", "train", *words,
+            "ours": partial(rate, "benchmarks.bench", "train", *words,
                             "--total_batch_size", sizes[4] * sizes[5],
                             "--num_repeats", STEPS, *flags)}, args.rounds)
 

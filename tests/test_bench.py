@@ -1,4 +1,4 @@
-"""scripts.bench as typed, and gpt/flops.py: the FLOPs and the peak behind MFU."""
+"""benchmarks.bench as typed, and gpt/flops.py: the FLOPs and the peak behind MFU."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.bench import BenchConfig, main
 from gpt.config import GPTConfig
 from gpt.errors import UserError
 from gpt.flops import datasheet_peak, flops_per_token, measured_peak_flops
 from gpt.model import GPT
-from scripts.bench import BenchConfig, main
 from tests.conftest import run
 
 SMALL = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32",
@@ -32,8 +32,8 @@ def test_flops_per_token_match_pytorchs_counter():
 
 
 def bench(mode, tmp_path):
-    """Run scripts.bench and return the rows of its table by name: one word per column."""
-    done = run("-m", "scripts.bench", mode, *SMALL, "--log_dir", tmp_path / "log")
+    """Run benchmarks.bench and return the rows of its table by name: one word per column."""
+    done = run("-m", "benchmarks.bench", mode, *SMALL, "--log_dir", tmp_path / "log")
     assert done.returncode == 0 and not (tmp_path / "log").exists(), done.stderr
     return {line[:20].strip(): line[20:].split() for line in done.stdout.splitlines()[1:]}
 

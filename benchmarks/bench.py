@@ -1,4 +1,4 @@
-"""Measure the speed of training or generation: python -m scripts.bench train, or generate
+"""Measure the speed of training or generation: python -m benchmarks.bench train, or generate
 
 Flags of scripts.train set model and batch, such as --config configs/laptop.yaml.
 Weights and tokens are random.
@@ -30,7 +30,7 @@ from scripts import cli, train
 
 @dataclass
 class BenchConfig(train.TrainConfig):
-    """Settings of scripts.bench, besides those of scripts.train."""
+    """Settings of benchmarks.bench, besides those of scripts.train."""
 
     mode: Positional[Literal["train", "generate"]] = "train"  # what to measure: train or generate
     num_repeats: int = 10  # steps or generations to time; the median is reported
