@@ -35,7 +35,7 @@ def main(config: ExportConfig) -> None:
     try:
         tmp_dir.mkdir(parents=True)
         save_pretrained(checkpoint, tmp_dir)
-        (tmp_dir / "README.md").write_text(card, encoding="utf-8")
+        (tmp_dir / "README.md").write_text(card, encoding="utf-8", errors="replace")
         os.replace(tmp_dir, out)
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
