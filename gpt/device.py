@@ -18,9 +18,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float3
 def select_device(name: str) -> torch.device:
     """Return the device `name`; "auto": CUDA, else MPS, else the CPU. Raises UserError if it is not
     available."""
-    available = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if available:
-        available.insert(0, "cuda")
+    available = []
+    if torch.cuda.is_available():
+        available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         available.append("mps")
     available.append("cpu")

@@ -46,8 +46,9 @@ def test_auto_compiles_on_volta_and_later_with_triton_and_a_compiler(monkeypatch
 
 def test_auto_device_prefers_cuda_then_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert select_device("auto").type == "mps"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # an old driver, for example
+    assert select_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert select_device("auto").type == "cuda"
     assert select_device("cuda:1") == torch.device("cuda", 1)
