@@ -6,6 +6,7 @@
 `weights_only=True`: a checkpoint never runs code.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -109,6 +110,7 @@ class CheckpointManager:
                                      "optimizer": self.optimizer.state_dict()})
                 save_model(path, self.model, step=step, **self.metadata)
             except OSError as error:
+                self.assert_lock_held()
                 optim_path.unlink(missing_ok=True)  # useless alone
                 message = f"step {step} is not saved ({error.strerror})"
                 if required:
@@ -142,7 +144,8 @@ def prune_optim_files(log_dir: Path, step: int) -> None:
     """Delete all optimizer files up to `step` but the newest MAX_OPTIM_FILES."""
     paths = [path for path in log_dir.glob("optim_*.pt") if 0 <= parse_step(path) <= step]
     for path in sorted(paths, key=parse_step)[:-MAX_OPTIM_FILES]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another program has it open, for example
+            path.unlink()
 
 
 def parse_step(path: Path) -> int:

@@ -175,13 +175,13 @@ def run_lock(folder: str | Path, setting: str = "log_dir",
     try:
         yield assert_held
     finally:
-        if is_held():
-            for file in (owner_file, folder / ".lock", folder / ".soft_lock"):
-                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows keeps open files; the folder is not empty
+            if is_held():
+                for file in (owner_file, folder / ".lock", folder / ".soft_lock"):
+                    file.unlink(missing_ok=True)
+                if is_new:
+                    folder.rmdir()
         lock.release()
-        if is_new:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
 
 
 def acquire_lock(folder: Path) -> BaseFileLock:

@@ -70,6 +70,7 @@ class RunLog:
                     break
                 self._remember(record)
                 end = file.tell()
+                self.line_break = "" if line.endswith(b"\n") else "\n"
         if end < self.path.stat().st_size:
             os.truncate(self.path, end)
 

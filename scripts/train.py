@@ -109,17 +109,17 @@ class TrainConfig:
 def main(config: TrainConfig) -> int:
     """Train, and return the exit status: 0, or 128 + the signal that stopped the run early."""
     try:
-        with contextlib.ExitStack() as exit_stack:  # closes what train() opens, however it ends
-            return train(config, exit_stack)
+        with contextlib.ExitStack() as stack:  # closes what train() opens, however it ends
+            return train(config, stack)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         raise UserError(f"{reason}: pass a lower --micro_batch_size") from None
 
 
-def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
+def train(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     """Build everything, resume the run in log_dir if there is one, and train; see `main`."""
-    ranks = exit_stack.enter_context(init_ranks(config.device, config.rank_timeout))
-    assert_lock_held = exit_stack.enter_context(run_lock(config.log_dir, enabled=ranks.is_master))
+    ranks = stack.enter_context(init_ranks(config.device, config.rank_timeout))
+    assert_lock_held = stack.enter_context(run_lock(config.log_dir, enabled=ranks.is_master))
     tune_device(ranks.device)
     latest = load_latest(config.log_dir, ranks.print, with_optim=True)  # None: a new run
     config, tokenizer = resolve_auto(config, ranks)
@@ -131,15 +131,13 @@ def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
     dtype = DTYPES[config.precision]
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-
     metadata: dict[str, Any] = dict(train_config=asdict(config), data=fingerprint(config.data_root))
     metadata["tokenizer"] = tokenizer.merge_table if tokenizer else None
     checkpoints = CheckpointManager(Path(config.log_dir), ranks, assert_lock_held, model, optimizer,
                                     scaler, metadata)
     step = checkpoints.resume(latest) if latest else 0
     ranks.assert_equal({**asdict(config), **metadata["data"], "step": step})
-    log = exit_stack.enter_context(
-        open_log(config, ranks, assert_lock_held, step, model, train_loader))
+    log = stack.enter_context(open_log(config, ranks, assert_lock_held, step, model, train_loader))
     ddp = ranks.world_size > 1
     ddp_model: Any = torch.compile(model) if config.compile else model
     if ddp:
@@ -151,7 +149,7 @@ def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
     while not stopping:
         finished = step >= config.max_steps or log.should_stop_early
 
-        # Save before evaluating, which can fail. A step that is already saved is not saved again.
+        # Save before evaluating, which can fail. save() skips a step that is already saved.
         if step == 0 or finished or (config.save_every and step % config.save_every == 0):
             checkpoints.save(step, required=step == 0 or finished)
 
@@ -163,7 +161,9 @@ def train(config: TrainConfig, exit_stack: contextlib.ExitStack) -> int:
             if val_loss < log.best_loss:
                 checkpoints.save_best(step, val_loss)
             log.log_validation(step, val_loss, bits_per_byte)
-            finished = finished or log.should_stop_early
+            if log.should_stop_early:
+                finished = True
+                checkpoints.save(step, required=True)
         if log.is_due("samples", config.sample_every, step, finished):
             with autocast:  # the same on all ranks
                 texts = generate_text(model, tokenizer, config.sample_prompts, config.sample_tokens,
@@ -310,26 +310,24 @@ def open_log(config: TrainConfig, ranks: Ranks, assert_lock_held: Callable[[], N
                  warmup_steps=config.warmup_steps, vocab_size=config.model.vocab_size,
                  step_tokens=config.total_batch_size, epoch_tokens=train_loader.epoch_tokens,
                  peak_seconds=peak_seconds)
-    if step < config.max_steps and not log.should_stop_early:  # a finished run changes no file
-        seconds = math.ceil((config.max_steps - step) * peak_seconds / TYPICAL_MFU)
-        advice = ""
-        if ranks.device.type == "cpu" and seconds > 3600:
-            advice = (": for a small model that trains in minutes, pass --config "
-                      "configs/laptop.yaml and a new --log_dir")
-        duration = datetime.timedelta(seconds=min(seconds, 10**13))
-        ranks.print(f"{config.max_steps - step:,} steps take about {duration} at "
-                    f"{TYPICAL_MFU:.0%} MFU{advice}")
-        if config.compile:
-            ranks.print("compiling the model in the first step (takes a minute or more)")
-        train_config = asdict(config)
-        log.log_start(train_config, commit=git_commit(), torch=torch.__version__,
-                      device=device_name(ranks.device), ranks=ranks.world_size)
-        if config.tensorboard or config.wandb_project:
-            log.open_trackers(config.wandb_project, train_config)
-    try:
+    with contextlib.closing(log):
+        if step < config.max_steps and not log.should_stop_early:  # a finished run changes no file
+            seconds = math.ceil((config.max_steps - step) * peak_seconds / TYPICAL_MFU)
+            advice = ""
+            if ranks.device.type == "cpu" and seconds > 3600:
+                advice = (": for a small model that trains in minutes, pass --config "
+                          "configs/laptop.yaml and a new --log_dir")
+            duration = datetime.timedelta(seconds=min(seconds, 10**13))
+            ranks.print(f"{config.max_steps - step:,} steps take about {duration} at "
+                        f"{TYPICAL_MFU:.0%} MFU{advice}")
+            if config.compile:
+                ranks.print("compiling the model in the first step (takes a minute or more)")
+            train_config = asdict(config)
+            log.log_start(train_config, commit=git_commit(), torch=torch.__version__,
+                          device=device_name(ranks.device), ranks=ranks.world_size)
+            if config.tensorboard or config.wandb_project:
+                log.open_trackers(config.wandb_project, train_config)
         yield log
-    finally:
-        log.close()
 
 
 def git_commit() -> str | None:

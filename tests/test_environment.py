@@ -62,11 +62,13 @@ def test_run_stops_if_its_folder_is_moved(args, tmp_path, replaced):
             (tmp_path / "log").rename(tmp_path / "moved")
             break
     if replaced:
+        (tmp_path / "log").mkdir()
         with run_lock(tmp_path / "log") as assert_held:
             _, error = process.communicate(timeout=60)
             assert_held()
             assert sorted(path.name for path in (tmp_path / "log").iterdir()) == [
                 ".lock", ".lock_owner"]
+        assert (tmp_path / "log").exists()
     else:
         _, error = process.communicate(timeout=60)
         assert not (tmp_path / "log").exists()

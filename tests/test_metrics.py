@@ -86,6 +86,15 @@ def test_resumed_log_keeps_the_evaluations_of_its_model(tmp_path):
     assert "text 1 Ü\ufffd" in samples and "another text" in samples and "text 2" not in samples
 
 
+def test_last_line_without_line_break_stays_intact(tmp_path):
+    """A full disk can cut a line just before its end."""
+    log = start(tmp_path)
+    log_step(log, 0)
+    log.path.write_bytes(log.path.read_bytes().removesuffix(b"\n"))
+    log_step(start(tmp_path, step=1), 1)
+    assert logged_steps(tmp_path) == [0, 1]
+
+
 def test_long_log_is_not_read_into_memory(tmp_path):
     record = {"step": 0, "split": "train", "loss": 1.5, "lr": 1e-3, "tokens": 64}
     with open(tmp_path / "metrics.jsonl", "w") as file:
