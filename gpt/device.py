@@ -1,13 +1,15 @@
-"""Select the device, the autocast dtype and torch.compile."""
+"""Select the device, the autocast dtype, torch.compile and the micro-batch that fits."""
 
 import contextlib
 import ctypes
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn as nn
 
 from gpt.errors import UserError
 
@@ -58,6 +60,49 @@ def select_compile(setting: bool | Literal["auto"], device: torch.device) -> boo
         return False
     compilers = os.environ.get("CC", "gcc clang").split()
     return any(map(shutil.which, compilers)) and importlib.util.find_spec("triton") is not None
+
+
+def find_micro_batch_size(n_sequences: int, largest: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest divisor of `n_sequences` up to `largest` that `fits`; 1 if none does."""
+    for size in range(min(largest, n_sequences), 1, -1):
+        if n_sequences % size == 0 and fits(size):
+            return size
+    return 1
+
+
+def fits_in_memory(model: nn.Module, autocast: contextlib.AbstractContextManager, B: int,
+                   T: int) -> bool:
+    """Return whether a forward and backward pass of `model` on B sequences of T tokens fits into
+    the free memory of its GPU, beside what training allocates later and with a tenth left over."""
+    device = next(model.parameters()).device
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        spare = torch.cuda.mem_get_info(device)[0] // 10
+        # In float32: two moments of AdamW and the buckets of DistributedDataParallel.
+        later = torch.empty(3 * 4 * n_parameters + spare, dtype=torch.uint8, device=device)
+        tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
+        with autocast:
+            loss = model(tokens, tokens)
+        loss.backward()
+        del later, tokens, loss
+        fits = True
+    except torch.OutOfMemoryError:
+        fits = False
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return fits
+
+
+def use_deterministic_algorithms() -> None:
+    """Make a GPU compute the same bits in every run. Call it before any other use of CUDA.
+
+    See PyTorch's notes on reproducibility. cuBLAS needs workspaces of a fixed size for it.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    # No kernel here reads uninitialized memory, and filling it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def device_name(device: torch.device) -> str:

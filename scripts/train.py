@@ -28,8 +28,18 @@ from gpt.checkpoint import (
     load_latest,
 )
 from gpt.config import GPTConfig
-from gpt.dataloader import DataLoaderLite
-from gpt.device import DTYPES, Precision, device_name, select_compile, select_precision, tune_device
+from gpt.dataloader import DataLoaderLite, grad_accum_steps
+from gpt.device import (
+    DTYPES,
+    Precision,
+    device_name,
+    find_micro_batch_size,
+    fits_in_memory,
+    select_compile,
+    select_precision,
+    tune_device,
+    use_deterministic_algorithms,
+)
 from gpt.distributed import Ranks, init_ranks
 from gpt.errors import UserError
 from gpt.evaluation import evaluate_loss
@@ -45,6 +55,7 @@ from gpt.signals import StopHandler
 from gpt.tokenizer import Tokenizer
 from scripts.cli import run_cli
 
+MAX_MICRO_BATCH_TOKENS = 65536  # more do not make a GPU faster
 TYPICAL_MFU = 0.3  # assumed when predicting the duration of a run
 
 
@@ -59,7 +70,8 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
 
     total_batch_size: int = 32768  # tokens per optimizer step, over all GPUs
-    micro_batch_size: int = 16  # sequences per forward pass per GPU; lower if out of memory
+    # sequences per forward pass per GPU; auto: as many as fit, on a CPU at most 16
+    micro_batch_size: int | Literal["auto"] = "auto"
     seq_len: int | Literal["auto"] = 256  # tokens per sequence; auto: 256, less for short data
     max_steps: int = 1000  # optimizer steps to train for
     max_tokens: int = 0  # tokens to train on, overrides max_steps; 0: off
@@ -93,6 +105,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
     precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 if native, else float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA with a C compiler
+    deterministic: bool = False  # equal bits in every run on a GPU, for exact resume; slower
     rank_timeout: float = 600  # seconds that ranks wait for one another before they abort
 
     def __post_init__(self) -> None:
@@ -108,12 +121,14 @@ class TrainConfig:
 
 def main(config: TrainConfig) -> int:
     """Train, and return the exit status: 0, or 128 + the signal that stopped the run early."""
+    if config.deterministic:
+        use_deterministic_algorithms()
     try:
         with contextlib.ExitStack() as stack:  # closes what train() opens, however it ends
             return train(config, stack)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        raise UserError(f"{reason}: pass a lower --micro_batch_size") from None
+        raise UserError(f"{reason}: pass --micro_batch_size auto") from None
 
 
 def train(config: TrainConfig, stack: contextlib.ExitStack) -> int:
@@ -124,13 +139,13 @@ def train(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     latest = load_latest(config.log_dir, ranks.print, with_optim=True)  # None: a new run
     config, tokenizer = resolve_auto(config, ranks)
     model = init_model(config, tokenizer, latest).to(ranks.device)
-    config = replace(config, model=model.config)
-    config, train_loader, val_loader, examples = load_data(config, ranks)
-    optimizer = configure_optimizer(model, config.optimizer, lr=config.max_lr,
-                                    weight_decay=config.weight_decay, betas=config.betas)
     dtype = DTYPES[config.precision]
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    config = resolve_micro_batch_size(config, model, autocast, ranks, latest)
+    config, train_loader, val_loader, examples = load_data(config, ranks)
+    optimizer = configure_optimizer(model, config.optimizer, lr=config.max_lr,
+                                    weight_decay=config.weight_decay, betas=config.betas)
     metadata: dict[str, Any] = dict(train_config=asdict(config), data=fingerprint(config.data_root))
     metadata["tokenizer"] = tokenizer.merge_table if tokenizer else None
     checkpoints = CheckpointManager(Path(config.log_dir), ranks, assert_lock_held, model, optimizer,
@@ -142,7 +157,7 @@ def train(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     ddp_model: Any = torch.compile(model) if config.compile else model
     if ddp:
         ddp_model = DistributedDataParallel(ddp_model)  # evaluation and sampling use `model`
-    grad_accum_steps = train_loader.grad_accum_steps
+    n_micro_steps = train_loader.grad_accum_steps
     stop = StopHandler(verbose=ranks.is_master)
 
     stopping = False
@@ -186,13 +201,13 @@ def train(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=ranks.device)
-        for micro_step in range(grad_accum_steps):
+        for micro_step in range(n_micro_steps):
             x, y = train_loader.batch(0 if config.overfit_one_batch else step, micro_step)  # (B, T)
             seed_dropout(config.seed, step, micro_step, ranks.rank)
             if ddp:  # average the gradients over ranks once per step
-                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+                ddp_model.require_backward_grad_sync = micro_step == n_micro_steps - 1
             with autocast:
-                loss = ddp_model(x, y) / grad_accum_steps
+                loss = ddp_model(x, y) / n_micro_steps
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
@@ -270,14 +285,37 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer | None,
     return model
 
 
+def resolve_micro_batch_size(config: TrainConfig, model: GPT,
+                             autocast: contextlib.AbstractContextManager, ranks: Ranks,
+                             latest: Checkpoint | None) -> TrainConfig:
+    """Return the settings with the config of the model and the micro-batch size. "auto" keeps that
+    of a resumed run if possible, so that its losses stay equal; else it is the largest divisor of a
+    rank's sequences per step that fits."""
+    config = replace(config, model=model.config)
+    if config.micro_batch_size != "auto":
+        return config
+    T = int(config.seq_len)
+    n_sequences = grad_accum_steps(config.total_batch_size, 1, T, ranks.world_size)
+
+    def fits(size: int) -> bool:
+        fits_here = ranks.device.type != "cuda" or fits_in_memory(model, autocast, size, T)
+        return ranks.mean(fits_here) == [1.0]  # on all ranks
+
+    size = latest.model["train_config"]["micro_batch_size"] if latest else 0
+    if not size or n_sequences % size or not fits(size):
+        largest = MAX_MICRO_BATCH_TOKENS // T if ranks.device.type == "cuda" else 16
+        size = find_micro_batch_size(n_sequences, largest, fits)
+    return replace(config, micro_batch_size=size)
+
+
 def load_data(config: TrainConfig,
               ranks: Ranks) -> tuple[TrainConfig, DataLoaderLite, Any, list[Example]]:
     """Return the settings with their final max_steps, the loaders of the train and val splits (val:
     None without validation), and the examples of HellaSwag ([] if it is not evaluated)."""
-    loader = partial(DataLoaderLite, config.data_root, micro_batch_size=config.micro_batch_size,
-                     seq_len=int(config.seq_len), vocab_size=config.model.vocab_size,
-                     seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
-                     device=ranks.device)
+    loader = partial(DataLoaderLite, config.data_root, seq_len=int(config.seq_len),
+                     micro_batch_size=int(config.micro_batch_size),
+                     vocab_size=config.model.vocab_size, seed=config.seed, rank=ranks.rank,
+                     world_size=ranks.world_size, device=ranks.device)
     train_loader = loader("train", total_batch_size=config.total_batch_size)
     ranks.print(f"found {len(train_loader.shards)} shards for split train")
     val_loader = loader("val") if config.eval_every else None

@@ -18,7 +18,8 @@ DATASETS = sorted(ROOT.glob("configs/data/*.yaml"))
 def test_run_config_is_consistent(path):
     """Otherwise a typo would be found after hours of downloading."""
     config = parse_args(TrainConfig, ["--config", str(path)])
-    assert grad_accum_steps(config.total_batch_size, config.micro_batch_size, config.seq_len,
+    micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    assert grad_accum_steps(config.total_batch_size, micro_batch_size, config.seq_len,
                             world_size=1) >= 1
     assert config.warmup_steps < config.max_steps
     prepared = [yaml.safe_load(dataset.read_text())["out"] for dataset in DATASETS]

@@ -1,7 +1,6 @@
 """Tests that need a CUDA GPU, on commands as typed:
 `make gpu-check`, or `python -m pytest -n0 -m cuda`."""
 
-import re
 import subprocess
 
 import pytest
@@ -10,6 +9,7 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.config import GPTConfig
+from gpt.device import fits_in_memory
 from gpt.files import load_pt
 from gpt.generation import generate
 from gpt.model import GPT
@@ -25,10 +25,10 @@ CONSTANT_LR = ["--warmup_steps", "0", "--min_lr_ratio", "1"]
 TOLERANCE = 2e-2
 
 
-def run_new(*words) -> subprocess.CompletedProcess:
+def run_new(*words, **variables: str) -> subprocess.CompletedProcess:
     """Run a command in a process that has not inherited a CUDA context."""
-    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment(), timeout=200,
-                          capture_output=True, text=True)
+    return subprocess.run(command(*map(str, words)), cwd=ROOT, env=environment() | variables,
+                          timeout=200, capture_output=True, text=True)
 
 
 def train(data_root, log_dir, *words, launcher=("-m", "scripts.train")) -> str:
@@ -145,14 +145,50 @@ def test_generate_command_runs_in_both_dtypes(data_root, tmp_path):
         assert done.returncode == 0 and done.stdout.count("ROMEO:") == 2, done.stdout + done.stderr
 
 
-def test_out_of_memory_names_a_smaller_micro_batch_size(byte_data, tmp_path):
-    """8 million tokens per micro-batch at 1,024 dimensions need more than 300 GB;
-    the first block alone exceeds 140."""
-    done = run_new("-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path,
-                   *TINY_BYTES, "--device", "cuda", "--compile", "false",
-                   "--model.n_embd", "1024", "--micro_batch_size", 2**18,
-                   "--total_batch_size", 2**23, "--max_steps", "1", "--eval_every", "0",
-                   "--sample_every", "0")
-    assert_user_error(done, "memory", "--micro_batch_size")
-    named = re.findall(r"--micro_batch_size\D+(\d+)", done.stderr)
-    assert any(int(number) < 2**18 for number in named), done.stderr
+def test_out_of_memory_advises_auto(byte_data, tmp_path):
+    """8 million tokens per micro-batch at 1,024 dimensions need more than 300 GB; the first block
+    alone exceeds 140. With auto, the same run fits."""
+    args = ["-m", "scripts.train", "--data_root", byte_data, "--log_dir", tmp_path, *TINY_BYTES,
+            "--device", "cuda", "--compile", "false", "--model.n_embd", "1024", "--seq_len", "64",
+            "--total_batch_size", 2**23, "--max_steps", "1", "--eval_every", "0",
+            "--sample_every", "0", "--micro_batch_size"]
+    assert_user_error(run_new(*args, 2**17), "out of memory", "pass --micro_batch_size auto")
+    done = run_new(*args, "auto")
+    assert done.returncode == 0, done.stderr
+    assert "a step is 128 x 1024 x 64 tokens" in done.stdout  # 65,536 tokens
+
+
+def test_micro_batch_fits_beside_what_takes_the_memory(byte_data, tmp_path):
+    """The search leaves the model, its gradients and the memory as they were, however little of
+    the memory is free."""
+    config = GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=512)
+    model = GPT(config).to("cuda")
+    autocast = torch.autocast("cuda", torch.bfloat16)
+    allocated = torch.cuda.memory_allocated()
+    assert fits_in_memory(model, autocast, B=16, T=64)
+    assert not fits_in_memory(model, autocast, B=2**22, T=64)
+    occupied = torch.empty(torch.cuda.mem_get_info()[0] - 2**28, dtype=torch.uint8, device="cuda")
+    assert not fits_in_memory(model, autocast, B=2**12, T=64)
+    del occupied
+    assert fits_in_memory(model, autocast, B=2**12, T=64)
+    assert torch.cuda.memory_allocated() == allocated
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_deterministic_run_is_equal_to_the_last_bit_after_a_kill(data_root, tmp_path):
+    """Compiled, with dropout: losses, gradient norms and weights."""
+    args = [*TINY, "--device", "cuda", "--precision", "bf16", "--deterministic", "true",
+            "--compile", "true", "--model.dropout", "0.1", "--max_steps", "12", "--save_every", "4",
+            "--eval_every", "2", "--sample_every", "0", "--data_root", data_root, "--log_dir"]
+    assert run_new("-m", "scripts.train", *args, tmp_path / "whole").returncode == 0
+    killed = run_new("tests/fault_injection.py", *args, tmp_path / "killed", FAULT="save SIGKILL")
+    assert killed.returncode == -9
+    assert run_new("-m", "scripts.train", *args, tmp_path / "killed").returncode == 0
+    for split in ("train", "val"):
+        records, expected = (
+            {step: (record["loss"], record.get("grad_norm")) for step, record in
+             metrics(tmp_path / name, split).items()} for name in ("killed", "whole"))
+        assert records == expected
+    weights, expected = (load_pt(tmp_path / name / "model_00012.pt")["model"]
+                         for name in ("killed", "whole"))
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)

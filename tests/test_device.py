@@ -6,7 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt.device import select_compile, select_device, select_precision
+from gpt.device import (
+    find_micro_batch_size,
+    select_compile,
+    select_device,
+    select_precision,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -42,6 +47,20 @@ def test_auto_compiles_on_volta_and_later_with_triton_and_a_compiler(monkeypatch
     assert auto("clang") and not auto("gcc")
     assert select_compile("auto", CPU) is select_compile(False, GPU) is False
     assert select_compile(True, CPU) is True
+
+
+@pytest.mark.parametrize("limit, expected", [(1000, 96), (95, 64), (20, 16), (5, 4), (0, 1)])
+def test_micro_batch_is_the_largest_divisor_that_fits(limit, expected):
+    """Of 192 sequences, at most 100 at a time, on a device with room for `limit`."""
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    assert find_micro_batch_size(192, 100, fits) == expected
+    assert tried == sorted(tried, reverse=True)
+    assert all(192 % size == 0 and size <= 100 for size in tried)
 
 
 def test_auto_device_prefers_cuda_then_mps(monkeypatch):

@@ -79,7 +79,8 @@ def test_documented_train_command_has_divisible_batch(page, argv):
     flags = argv[at + 1:]
     if "--help" not in flags:
         config = parse_args(TrainConfig, flags)
-        assert grad_accum_steps(config.total_batch_size, config.micro_batch_size, config.seq_len,
+        micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+        assert grad_accum_steps(config.total_batch_size, micro_batch_size, config.seq_len,
                                 world_size) >= 1
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from gpt.config import GPTConfig
-from gpt.loss import TOKEN_CHUNK, linear_cross_entropy, token_losses
+from gpt.loss import CHUNK_SIZE, linear_cross_entropy, token_losses
 from gpt.model import GPT
 from gpt.optim import configure_optimizer
 
@@ -30,8 +30,8 @@ def relative_errors(loss, inputs, expected_grads):
             for grad, expected in zip(grads, expected_grads, strict=True)]
 
 
-@pytest.mark.parametrize("N, V, C", [(1, 7, 4), (300, 5003, 32), (TOKEN_CHUNK, 64, 8),
-                                     (2 * TOKEN_CHUNK + 1, 70, 8)])
+@pytest.mark.parametrize("N, V, C", [(1, 7, 4), (300, 5003, 32), (CHUNK_SIZE["cpu"], 64, 8),
+                                     (2 * CHUNK_SIZE["cpu"] + 1, 70, 8)])
 def test_loss_and_gradients_equal_those_of_full_logits(N, V, C):
     """Chunks, and gradients computed in the forward pass, are exact."""
     x, weight, targets, expected, expected_grads = make_inputs(N, V, C)
@@ -61,7 +61,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_under_autocast_errs_no_more_than_full_logits(dtype):
     """Gradients of a mean over many tokens do not vanish in fp16."""
-    x, weight, targets, expected, expected_grads = make_inputs(2 * TOKEN_CHUNK + 1, 503, 32)
+    x, weight, targets, expected, expected_grads = make_inputs(2 * CHUNK_SIZE["cpu"] + 1, 503, 32)
     with torch.autocast("cpu", dtype):
         losses = (linear_cross_entropy(x, weight, targets),
                   F.cross_entropy(F.linear(x, weight).float(), targets))

@@ -10,7 +10,15 @@ from gpt.config import GPTConfig
 from gpt.device import select_precision
 from gpt.distributed import Ranks
 from scripts.train import TrainConfig, init_model, load_data, resolve_auto
-from tests.conftest import TINY_BYTES, metrics, run_ranks, save_shards, train
+from tests.conftest import (
+    RUN,
+    TINY_BYTES,
+    assert_same_results,
+    metrics,
+    run_ranks,
+    save_shards,
+    train,
+)
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 # The settings of a tiny model of bytes.
@@ -41,6 +49,24 @@ def test_all_automatic_settings_are_replaced(tmp_path):
     assert len(train_loader.shards) == 2
     assert config.precision == select_precision("auto", RANKS.device) and config.compile is False
     assert tokenizer is None and config.sample_every == 0
+
+
+def test_auto_micro_batch_size_is_kept_by_a_resumed_run(byte_data, tmp_path):
+    """On a CPU at most 16 of the 24 sequences of a step. A run that was started with other
+    micro-batches keeps them, so that its losses stay equal."""
+    args = [*TINY_BYTES, "--total_batch_size", 24 * 32, "--eval_every", "0"]
+    new = train(byte_data, tmp_path / "new", *args, "--micro_batch_size", "auto", "--max_steps", 1)
+    assert "a step is 2 x 12 x 32 tokens" in new.stdout
+    train(byte_data, tmp_path / "old", *args, "--micro_batch_size", 3, "--max_steps", 1)
+    resumed = train(byte_data, tmp_path / "old", *args, "--micro_batch_size", "auto",
+                    "--max_steps", 2)
+    assert "a step is 8 x 3 x 32 tokens" in resumed.stdout
+    assert "changed: max_steps 1 -> 2\n" in resumed.stdout
+
+
+def test_deterministic_changes_nothing_on_a_cpu(byte_data, tmp_path, uninterrupted_run):
+    train(byte_data, tmp_path, *RUN, "--deterministic", "true")
+    assert_same_results(uninterrupted_run, tmp_path)
 
 
 def test_patience_ends_a_run_without_improvement(byte_data, tmp_path):
