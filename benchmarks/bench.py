@@ -73,7 +73,8 @@ def bench_train(config: BenchConfig, device: torch.device) -> dict[str, float | 
         records = read_metrics(Path(folder) / "metrics.jsonl")
         memory = peak_memory(device)
         checkpoint = load_pt(Path(folder) / f"model_{last_step:05d}.pt")
-    tokens_per_s = statistics.median(record["tokens_per_s"] for record in records[warmup_steps:])
+    rates = [record["tokens_per_s"] for record in records if record["split"] == "train"]
+    tokens_per_s = statistics.median(rates[warmup_steps:])
     run = checkpoint["train_config"]  # settings without "auto"
     model = GPT.from_checkpoint(checkpoint)
     B, T, n = run["micro_batch_size"], run["seq_len"], model.num_parameters()

@@ -1,12 +1,13 @@
-"""Run all tests and benchmarks that need a GPU, in ten minutes:
-python -m benchmarks.gpu_check, or make gpu-check
+"""Test and measure a CUDA GPU in ten minutes: python -m benchmarks.gpu_check, or make gpu-check
 
-Runs the tests marked `cuda`, then benchmarks.bench with GPT-2 124M. If a part fails or times out,
-it is reported, the others still run, and the exit status is 1.
+Runs the tests marked `cuda`, then measures training steps and generation of GPT-2 124M and prints
+them as one table. --nanogpt PATH measures nanoGPT, too. If a part fails or there is no time left
+for it, it is reported, the others still run, and the exit status is 1.
 """
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,25 +15,27 @@ import time
 
 import torch
 
-BUDGET, TESTS_LIMIT, BENCH_LIMIT = 570, 240, 150  # seconds
-TRAIN = [("adamw", 16, 256), ("adamw", 16, 1024), ("adamw", 64, 1024), ("muon", 16, 1024),
-         ("muon", 64, 1024)]
-PEERS = """For comparison, on one GPU:
-  64x1024, H100: 418,821 tokens/s, 36.2% MFU (plain GPT-2 with a fused loss)
-  16x1024, H100: 319,727 tokens/s, 10.3 GB
-  64x1024, H200: 489,700 tokens/s"""
+BUDGET, TESTS_LIMIT, LIMIT = 570, 200, 120  # seconds: in total, for the tests, for each other part
+TRAIN = {
+    "default command": "",
+    "16 x 1024": "--micro_batch_size 16 --seq_len 1024 --total_batch_size 16384",
+    "64 x 1024": "--micro_batch_size 64 --seq_len 1024 --total_batch_size 65536"}
+TRAIN["16 x 1024, Muon"] = f"{TRAIN['16 x 1024']} --optimizer muon"
+TRAIN["64 x 1024, Muon"] = f"{TRAIN['64 x 1024']} --optimizer muon"
+TRAIN["16 x 1024, deterministic"] = f"{TRAIN['16 x 1024']} --deterministic true"
 # --quick: a tiny model that takes seconds on any device, to test this script.
-QUICK = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32",
-         "--model.vocab_size", "300"]
+QUICK = ("--total_batch_size 256 --micro_batch_size 2 --seq_len 32 --model.n_layer 2 "
+         "--model.n_head 2 --model.n_embd 32 --model.vocab_size 300")
 
 
-def run(words: list[str], limit: float) -> tuple[str, str]:
-    """Run `python -m …` for at most `limit` seconds; return its standard output and,
-    if it failed, the reason."""
+def run(words: str, limit: float) -> tuple[str, str]:
+    """Run `python -m …` for at most `limit` seconds; return its standard output and, if it failed,
+    the reason."""
     if limit <= 0:
-        return "", "not run: out of time"
-    process = subprocess.Popen([sys.executable, "-m", *words], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)
+        return "", "no time left"
+    process = subprocess.Popen([sys.executable, "-m", *shlex.split(words)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
     try:
         printed, errors = process.communicate(timeout=limit)
     except BaseException as error:  # timeout or Ctrl-C
@@ -47,30 +50,47 @@ def run(words: list[str], limit: float) -> tuple[str, str]:
 
 
 def main() -> int:
-    """Print the tables as they are measured; return the exit status."""
+    """Run all parts and print their results as they are measured; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nanogpt", help="a checkout of github.com/karpathy/nanoGPT")
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
-    quick = parser.parse_args().quick
-    if not quick and not torch.cuda.is_available():
+    args = parser.parse_args()
+    if not args.quick and not torch.cuda.is_available():
         print("error: gpu-check needs a CUDA GPU", file=sys.stderr)
         return 2
-    t0 = time.monotonic()
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(f"{name}, torch {torch.__version__}")
-    benches = [["train", "--optimizer", optimizer, "--micro_batch_size", str(B),
-                "--seq_len", str(T), "--total_batch_size", str(B * T)] for optimizer, B, T in TRAIN]
-    tests = ["pytest", "-o", "addopts=", "-m", "cuda", "-q", "tests/test_cuda.py"]
-    commands = [(tests, TESTS_LIMIT)]
-    commands += [(["benchmarks.bench", *words, *(QUICK if quick else [])], BENCH_LIMIT)
-                 for words in [*benches, ["generate", "--num_repeats", "3"]]]
-    failed = False
-    for words, limit in commands:
-        printed, error = run(words, min(limit, BUDGET - (time.monotonic() - t0)))
-        print(f"\n{printed.rstrip()}", flush=True)
+    deadline, failed = time.monotonic() + BUDGET, False
+    quick = f" {QUICK}" if args.quick else ""
+
+    def measure(name: str, words: str, limit: float = LIMIT) -> str:
+        nonlocal failed
+        printed, error = run(words, min(limit, deadline - time.monotonic()))
         if error:
-            print(f"{' '.join(words)}: {error}", flush=True)
             failed = True
-    print(f"\n{PEERS}\n{time.monotonic() - t0:.0f} s in total")
+            print(f"{name}: {error}")
+        return printed
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    tests = "pytest -o addopts= -m cuda -q tests/test_cuda.py"
+    print(measure("tests", tests, TESTS_LIMIT).strip(), flush=True)
+
+    print(f"\n{'':<28}{'tokens/s':>12}{'MFU (%)':>12}{'peak memory (GB)':>20}")
+    for name, flags in TRAIN.items():
+        printed = measure(name, f"benchmarks.bench train {flags}{quick}")
+        # A line is the name of a figure, 20 characters wide, and the figure.
+        figures = {line[:20].strip(): line[20:].strip() for line in printed.splitlines()}
+        if "tokens/s" in figures:
+            print(f"{name:<28}{figures['tokens/s']:>12}{figures['MFU (%)']:>12}"
+                  f"{figures['peak memory (GB)']:>20}", flush=True)
+    for B in (16, 64) if args.nanogpt else ():
+        shape = "2,32,2,300,2,32" if quick else f"12,768,12,50257,{B},1024"
+        name, words = f"nanoGPT, {B} x 1024", f"--peer --nanogpt {args.nanogpt} --shape {shape}"
+        if printed := measure(name, f"benchmarks.peers {words}"):
+            print(f"{name:<28}{float(printed.split()[-1]):>12.0f}", flush=True)
+    print(f"\ngeneration, 128 tokens\n"
+          f"{measure('generation', f'benchmarks.bench generate --num_repeats 3{quick}')}")
+    rates = map(float, measure("transformers", "benchmarks.generate --peer").split())
+    print(f"{'transformers':<20}" + "".join(f"{rate:>14.1f}" for rate in rates))
     return int(failed)
 
 

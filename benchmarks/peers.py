@@ -18,6 +18,8 @@ import torch
 from benchmarks.compare import compare, rate
 
 SHAPES = ["4,192,6,2048,8,128", "4,128,4,50257,8,256", "12,768,12,50257,4,256"]
+if torch.cuda.is_available():
+    SHAPES = ["12,768,12,50257,16,1024", "12,768,12,50257,64,1024"]
 FLAGS = ("model.n_layer", "model.n_embd", "model.n_head", "model.vocab_size", "micro_batch_size",
          "seq_len")
 STEPS, WARMUP = 10, 3

@@ -10,7 +10,7 @@ import torch
 from gpt.distributed import Ranks
 from gpt.errors import UserError
 from gpt.loss import token_losses
-from gpt.model import GPT
+from gpt.model import GPT, evaluation_mode
 from gpt.tokenizer import Tokenizer
 
 
@@ -25,18 +25,16 @@ def evaluate_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
     without a tokenizer. Call it with the uncompiled model: switching a compiled one to evaluation
     mode would recompile it.
     """
-    was_training = model.training
-    model.eval()
     vocab_size = model.config.vocab_size
     lengths = tokenizer.token_lengths(vocab_size) if tokenizer else np.zeros(vocab_size, np.int64)
     token_bytes = torch.from_numpy(lengths).to(ranks.device)  # (vocab_size,)
     rows = [torch.zeros(3, device=ranks.device)]  # nats, tokens and bytes of each batch
-    for x, y in batches:
-        with autocast:
-            loss = model(x, y)
-        n_tokens = torch.full_like(loss, y.numel())
-        rows.append(torch.stack([loss * n_tokens, n_tokens, token_bytes[y].sum()]))
-    model.train(was_training)
+    with evaluation_mode(model):
+        for x, y in batches:
+            with autocast:
+                loss = model(x, y)
+            n_tokens = torch.full_like(loss, y.numel())
+            rows.append(torch.stack([loss * n_tokens, n_tokens, token_bytes[y].sum()]))
     sums = torch.stack(rows).cpu().double().sum(0)
     nats, tokens, n_bytes = ranks.mean(*sums)
     return nats / tokens, nats / math.log(2) / n_bytes if n_bytes else None

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.rnn import pad_sequence
 
+from gpt.config import GPTConfig
 from gpt.errors import UserError
-from gpt.model import GPT
+from gpt.model import GPT, evaluation_mode
 from gpt.tokenizer import Tokenizer
 
 # Private ops: with the public torch.utils.mkldnn,
@@ -105,99 +107,142 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
     global random state unchanged. The model is in evaluation mode until the iterator ends, then
     back in its previous mode.
     """
-    block_size = model.config.block_size
-    rows, finished = [list(prompt) for prompt in prompts], [False] * len(prompts)
-    length = max(map(len, rows)) + max_new_tokens - 1  # the last token is never an input
-    cache = KVCache(model, len(rows), min(length, block_size))
+    device, block_size = model.wte.weight.device, model.config.block_size
+    rows = [list(prompt) for prompt in prompts]
+    longest = max(map(len, rows))
+    # One graph of CUDA kernels for each number of keys, unless autocast would cast the weights.
+    use_graphs = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+    multiple = 128 if use_graphs else 1
+    length = min(longest + max_new_tokens - 1, block_size)  # the last token is never an input
+    cache = KVCache(model.config, len(rows), round_up(length, multiple), device)
+    needs_mask = use_graphs or min(map(len, rows)) < longest
+    idx = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
+    graphs: dict[int, Callable[[], torch.Tensor]] = {}
+    finished = torch.zeros(len(rows), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same samples on every device
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            if max(map(len, rows)) > block_size:  # all positions shift, which invalidates the cache
-                rows, cache.lengths = [row[-block_size:] for row in rows], [0] * len(rows)
-            tokens = sample(cache.next_token_logits(rows), temperature, top_k, top_p, generator)
-            tokens = [stop_token if done else token
-                      for token, done in zip(tokens, finished, strict=True)]
-            yield tokens
-            finished = [token == stop_token for token in tokens]
-            if all(finished):
+    with evaluation_mode(model):
+        for i in range(max_new_tokens):
+            if i == 0 or longest > block_size:  # beyond block_size, all positions shift each time
+                logits = prefill(model, cache, [row[-block_size:] for row in rows])
+            else:
+                n_keys = round_up(longest, multiple)
+                step = partial(decode, model, cache, idx, n_keys, needs_mask)
+                if use_graphs and n_keys not in graphs:
+                    graphs[n_keys] = capture(step)
+                logits = graphs.get(n_keys, step)()
+                cache.positions += 1
+            tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            tokens[finished] = stop_token
+            yield tokens.tolist()
+            finished = tokens == stop_token
+            if finished.all():
                 return
-            for row, token in zip(rows, tokens, strict=True):
+            idx.copy_(tokens[:, None])
+            for row, token in zip(rows, tokens.tolist(), strict=True):
                 row.append(token)
-    finally:
-        model.train(was_training)
+            longest += 1
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `n`."""
+    return -(-n // multiple) * multiple
 
 
 class KVCache:
-    """Keys and values of B token sequences, up to `length` tokens each,
-    so that the model runs on every token once.
+    """Keys and values of B token sequences, up to `length` tokens each, so that the model runs on
+    every token once.
 
-    Shorter sequences are padded on the right, which causal attention never reads from earlier
-    positions; the next token of a sequence overwrites its padding.
+    Shorter sequences are padded on the right: causal attention never reads the padding from earlier
+    positions, and the next token of a sequence overwrites it.
     """
 
-    def __init__(self, model: GPT, B: int, length: int):
-        c, self.model = model.config, model
+    def __init__(self, config: GPTConfig, B: int, length: int, device: torch.device):
         # Of each layer, allocated in the keys' dtype when it first runs.
-        self.kv: list[torch.Tensor] = []
-        self.kv_shape = (2, B, c.n_head, length, c.n_embd // c.n_head)
-        self.lengths = [0] * B  # cached tokens of each sequence
-
-    def next_token_logits(self, rows: list[list[int]]) -> torch.Tensor:
-        """Return the logits (B, vocab_size), float32 on the CPU, for the token after each
-        of B rows of token ids.
-
-        An empty cache takes rows of any lengths;
-        later calls take the same rows with one more token each.
-        """
-        device = self.model.wte.weight.device
-        cached, self.lengths = self.lengths, [len(row) for row in rows]
-        inputs = [row[n:] for row, n in zip(rows, cached, strict=True)]
-        T = max(map(len, inputs))
-        padded = [tokens + [0] * (T - len(tokens)) for tokens in inputs]
-        idx = torch.tensor(padded, device=device)  # (B, T)
-        begins = torch.tensor(cached, device=device)[:, None]
-        positions = begins + torch.arange(T, device=device)  # (B, T)
-        self.write_index = (torch.arange(len(rows), device=device)[:, None], slice(None), positions)
-        mask = None
-        if min(cached) < max(cached):  # hide the padding of shorter rows
-            keys = torch.arange(max(self.lengths), device=device)
-            mask = (keys <= positions[..., None])[:, None]  # (B, 1, T, keys)
-        x = self.model.hidden_states(  # (B, T, C)
-            idx, positions, mask, [partial(self.update, i) for i in range(len(self.model.h))])
-        # The last positions, (B, C).
-        x = torch.stack([x[b, len(tokens) - 1] for b, tokens in enumerate(inputs)])
-        return self.model.lm_head(x).float().cpu()
+        self.layers: list[torch.Tensor] = []
+        self.shape = (2, B, config.n_head, length, config.n_embd // config.n_head)
+        self.rows = torch.arange(B, device=device)[:, None]  # (B, 1)
+        self.positions = torch.zeros_like(self.rows)  # (B, T), of the tokens that the model runs on
+        self.n_keys = 0  # how many keys they see
 
     def update(self, layer: int, k: torch.Tensor,
                v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values (B, n_head, T, head size) to a layer's cache
-        and return all so far."""
-        if layer == len(self.kv):
-            self.kv.append(k.new_zeros(self.kv_shape))
-        for cache, new in zip(self.kv[layer], (k, v), strict=True):
-            cache[self.write_index] = new.transpose(1, 2)
-        keys, values = self.kv[layer][..., :max(self.lengths), :]
-        return keys, values
+        """Write keys and values (B, n_head, T, head size) of tokens at `positions` and return the
+        first `n_keys` of the layer."""
+        if layer == len(self.layers):
+            self.layers.append(k.new_zeros(self.shape))
+        keys, values = self.layers[layer]
+        keys[self.rows, :, self.positions] = k.transpose(1, 2)
+        values[self.rows, :, self.positions] = v.transpose(1, 2)
+        return keys[:, :, :self.n_keys], values[:, :, :self.n_keys]
+
+
+def prefill(model: GPT, cache: KVCache, rows: list[list[int]]) -> torch.Tensor:
+    """Run the model on B rows of token ids; return the logits (B, vocab_size), float32, of the next
+    tokens. Sets `cache.positions` to those of the next tokens."""
+    device = cache.rows.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # (B, T)
+    cache.n_keys = padded.shape[1]
+    cache.positions = torch.arange(cache.n_keys, device=device).expand(padded.shape)
+    x = model.hidden_states(padded.to(device), kv_cache=cache)  # (B, T, C)
+    cache.positions = lengths[:, None]
+    return model.lm_head(x[cache.rows[:, 0], lengths - 1]).float()
+
+
+def decode(model: GPT, cache: KVCache, idx: torch.Tensor, n_keys: int,
+           needs_mask: bool) -> torch.Tensor:
+    """Run the model on tokens `idx` (B, 1) at `cache.positions`; return the logits (B, vocab_size),
+    float32, of the next tokens.
+
+    needs_mask: whether some of the first `n_keys` keys are padding.
+    """
+    cache.n_keys = n_keys
+    mask = None
+    if needs_mask:
+        keys = torch.arange(n_keys, device=idx.device)
+        mask = (keys <= cache.positions[:, :, None])[:, None]  # (B, 1, 1, n_keys)
+    x = model.hidden_states(idx, cache.positions, mask, cache)  # (B, 1, C)
+    return model.lm_head(x[:, 0]).float()
+
+
+def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Return a function that runs the CUDA kernels of `step` again, as one CUDA graph.
+
+    Python and the launches of hundreds of small kernels take several times as long as the kernels.
+    The graph reads and writes the same memory each time, also its result.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # what a first run allocates or loads must not be part of the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator) -> list[int]:
-    """Return one sampled token id for each row of `logits` (B, vocab_size).
+           generator: torch.Generator) -> torch.Tensor:
+    """Return one sampled token id for each row of `logits` (B, vocab_size): (B,) int64 on the CPU.
 
     temperature: divides the logits; 0 is greedy. top_k: keep the k most likely tokens (0: all).
     top_p: then keep the fewest tokens whose probabilities reach p
     (nucleus sampling, Holtzman et al. 2020).
     """
     if temperature == 0:
-        return logits.argmax(dim=-1).tolist()
+        return logits.argmax(dim=-1).cpu()
     vocab_size = logits.shape[-1]
-    k = min(top_k or vocab_size, vocab_size)
-    logits, token_ids = logits.topk(k)  # (B, k), most likely first
+    logits, token_ids = logits.topk(min(top_k or vocab_size, vocab_size))  # most likely first
+    logits, token_ids = logits.cpu(), token_ids.cpu()  # (B, k)
     probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # logits <= 0: cannot overflow
     if top_p < 1:
         cumulative_before = probs.cumsum(dim=-1) - probs  # of all more likely tokens
         probs[cumulative_before >= top_p] = 0  # the first is 0: the most likely token stays
     sampled = torch.multinomial(probs, 1, generator=generator)
-    return token_ids.gather(1, sampled)[:, 0].tolist()
+    return token_ids.gather(1, sampled)[:, 0]

@@ -28,7 +28,7 @@ from gpt.config import GPTConfig
 from gpt.distributed import Ranks
 from gpt.errors import UserError
 from gpt.loss import token_losses
-from gpt.model import GPT
+from gpt.model import GPT, evaluation_mode
 from gpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # positions per batch, by device type
@@ -162,16 +162,14 @@ def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example]
     Return None if `stopped`, called after each batch, is true on any rank. Call it with the
     uncompiled model.
     """
-    was_training = model.training
-    model.eval()
     local_examples = examples[ranks.rank::ranks.world_size]
     batch_tokens = BATCH_TOKENS[ranks.device.type]
     labels = torch.tensor([example.label for example in local_examples])
     correct = torch.zeros(2, dtype=torch.int64)
     # None: off unless stderr is a terminal.
     no_bar = None if show_bar and ranks.is_master else True
-    with autocast, tqdm(total=len(labels), unit="example", disable=no_bar, dynamic_ncols=True,
-                        leave=None) as bar:
+    bar = tqdm(total=len(labels), unit="example", disable=no_bar, dynamic_ncols=True, leave=None)
+    with evaluation_mode(model), autocast, bar:
         for sums, counts in score_endings(model, tokenizer, local_examples, batch_tokens):
             is_scored = (counts > 0).all(1)
             choices = torch.stack([sums, sums / counts]).argmin(2)  # (2, examples)
@@ -181,7 +179,6 @@ def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example]
             bar.update(int(is_scored.sum()) - bar.n)
             if stopped():
                 break
-    model.train(was_training)
     n_acc, n_acc_norm, n, n_stopped = ranks.mean(*correct, len(labels), stopped())
     if n_stopped:
         return None

@@ -7,8 +7,9 @@ matrices of a block transposed.
 The LM head is tied to the token embedding and has no separate entry.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +20,6 @@ from torch.overrides import TorchFunctionMode
 from gpt.config import GPTConfig
 from gpt.errors import UserError
 from gpt.loss import linear_cross_entropy
-
-# Stores the keys and values (B, n_head, T, D) of new tokens and returns the keys and values
-# of all tokens so far.
-UpdateKV = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
@@ -66,13 +63,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
-                update_kv: UpdateKV | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, kv_cache: Any = None,
+                layer: int = 0) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        if update_kv is not None:
-            k, v = update_kv(k, v)  # now with earlier tokens
+        if kv_cache is not None:
+            k, v = kv_cache.update(layer, k, v)  # now with earlier tokens
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
@@ -103,10 +100,21 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
-                update_kv: UpdateKV | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask, update_kv)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, kv_cache: Any = None,
+                layer: int = 0) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, kv_cache, layer)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout in the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class SkipInit(TorchFunctionMode):
@@ -212,14 +220,12 @@ class GPT(nn.Module):
         return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
     def hidden_states(self, idx: torch.Tensor, positions: torch.Tensor | None = None,
-                      mask: torch.Tensor | None = None,
-                      update_kv: list[UpdateKV] | None = None) -> torch.Tensor:
+                      mask: torch.Tensor | None = None, kv_cache: Any = None) -> torch.Tensor:
         """Return the final hidden states (B, T, n_embd) for token ids `idx` (B, T).
 
         positions (B, T): position of each token, below block_size; default: 0 to T - 1.
         mask (B, 1, T, T): true where a query (third dimension) sees a key; default: causal.
-        update_kv: one callback per layer that stores keys and values and returns all so far, see
-        `gpt.generation.KVCache`.
+        kv_cache: a `gpt.generation.KVCache`, which adds the keys and values of earlier tokens.
         Raises ValueError for more positions than block_size.
         """
         T = idx.shape[1]
@@ -229,7 +235,7 @@ class GPT(nn.Module):
         x = self.wpe.weight[:T] if positions is None else self.wpe(positions)
         x = self.drop(self.wte(idx) + x)  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, mask, update_kv and update_kv[i])
+            x = block(x, mask, kv_cache, i)
         return self.ln_f(x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:

@@ -117,21 +117,18 @@ def ddp_step(folder: str, backend: str, device_type: str) -> None:
     assert gathered == [{"step": 3}]
 
 
-def test_generate_with_kv_cache_equals_full_forward_passes():
-    """Greedy, for prompts of different lengths: the KV cache changes the speed, not the text."""
+def test_generate_with_cuda_graphs_equals_generation_on_the_cpu():
+    """Greedy and sampled, for prompts of equal and of different lengths, over the borders of the
+    length classes and beyond the context."""
     torch.manual_seed(0)
-    config = GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
-    model = GPT(config).eval().to("cuda")
+    config = GPTConfig(block_size=300, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # logits that differ clearly
-    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
-    written = zip(*generate(model, prompts, 20, temperature=0), strict=True)
-    for prompt, tokens in zip(prompts, written, strict=True):
-        idx = torch.tensor([prompt], device="cuda")
-        with torch.no_grad():
-            for _ in range(20):
-                idx = torch.cat([idx, model(idx)[:, -1].argmax(-1, keepdim=True)], dim=1)
-        assert idx[0, len(prompt):].tolist() == list(tokens)
+    for prompts in ([[1, 2, 3], [4, 5, 6]], [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]):
+        for sampling in ({"temperature": 0}, {"temperature": 1.0, "top_k": 50, "seed": 3}):
+            expected = list(generate(model.cpu(), prompts, 320, **sampling))
+            assert list(generate(model.cuda(), prompts, 320, **sampling)) == expected
 
 
 def test_generate_command_runs_in_both_dtypes(data_root, tmp_path):

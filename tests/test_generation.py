@@ -10,8 +10,10 @@ from gpt.config import GPTConfig
 from gpt.generation import (
     CAN_PACK,
     KVCache,
+    decode,
     generate,
     generate_text,
+    prefill,
     prepare_for_inference,
     sample,
     stream_text,
@@ -42,27 +44,33 @@ def test_generate_equals_full_forward_passes_beyond_the_context(model, prompts):
     for _ in range(30):
         logits = torch.stack([model(torch.tensor([row[-12:]]))[0, -1] for row in rows])
         for row, token in zip(rows, sample(logits, 1.0, 0, 1.0, generator), strict=True):
-            row.append(token)
+            row.append(token.item())
     assert columns(generate(model, prompts, 30, seed=3)) == [row[-30:] for row in rows]
 
 
-def assert_same_logits(reference, model, tolerance):
-    """Compare a batch of prompts of different lengths and, through the KV cache,
-    each of the next 7 tokens."""
+def assert_same_logits(reference, model, tolerance, n_keys=0):
+    """Compare a batch of prompts of different lengths and, through the KV cache, each of the next 7
+    tokens. n_keys: decode with this many keys, most of them masked, as on a GPU."""
     rows = [[*range(1, 6)], [7], [9, 8, 7]]
-    cache = KVCache(model, len(rows), 12)
+    cache = KVCache(model.config, len(rows), n_keys or 12, torch.device("cpu"))
     with torch.no_grad():
+        logits = prefill(model, cache, rows)
         for token in range(8):
-            for row, logits in zip(rows, cache.next_token_logits(rows), strict=True):
+            for row, row_logits in zip(rows, logits, strict=True):
                 expected = reference(torch.tensor([row]))[0, -1]
-                assert (logits - expected).norm() < tolerance * expected.norm()
+                assert (row_logits - expected).norm() < tolerance * expected.norm()
                 row.append(token)
+            if len(rows[0]) <= 12:
+                idx = torch.full((3, 1), token)
+                logits = decode(model, cache, idx, n_keys or len(rows[0]), needs_mask=True)
+                cache.positions += 1
 
 
+@pytest.mark.parametrize("n_keys", [0, 128])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_kv_cache_logits_equal_full_forward_pass(model, dtype, tolerance):
+def test_kv_cache_logits_equal_full_forward_pass(model, dtype, tolerance, n_keys):
     """Comparing greedy tokens only would hide small errors."""
-    assert_same_logits(model, copy.deepcopy(model).to(dtype), tolerance)
+    assert_same_logits(model, copy.deepcopy(model).to(dtype), tolerance, n_keys)
 
 
 @pytest.mark.skipif(not CAN_PACK, reason="oneDNN packs weights on x86 only")
@@ -96,7 +104,7 @@ def test_sample_frequencies_match_the_formula(temperature, top_k, top_p, n_kept)
     expected = torch.where(logits >= least, logits / temperature, -torch.inf)
     expected = expected.softmax(0)
     generator = torch.Generator().manual_seed(0)
-    sampled = torch.tensor(sample(logits.expand(20_000, 5), temperature, top_k, top_p, generator))
+    sampled = sample(logits.expand(20_000, 5), temperature, top_k, top_p, generator)
     frequencies = torch.bincount(sampled, minlength=5) / len(sampled)
     assert (frequencies - expected).abs().max() < 0.015
     assert torch.all(frequencies[expected == 0] == 0)
