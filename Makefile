@@ -1,22 +1,19 @@
 # make train · make test · make lint: each creates .venv if it is missing or older than the requirements.
-#   make train CONFIG=configs/laptop.yaml    instead of the config chosen for this machine
-#   make train PYTHON=python3.12             instead of python3 for creating .venv
+#   make train CONFIG=configs/tinystories.yaml   instead of configs/laptop.yaml
+#   make train PYTHON=python3.12                 instead of python3 for creating .venv
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-# Config of `make train`: the defaults of scripts.train on a CUDA GPU, else a small model.
-CONFIG ?= $(shell $(RUN) -c "import torch; print('' if torch.cuda.is_available() else 'configs/laptop.yaml')" 2>/dev/null)
-# Its log_dir, or else log. (The first line of `train` evaluates CONFIG only once, because that imports PyTorch.)
-LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG) /dev/null),log)
+CONFIG ?= configs/laptop.yaml
+LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG)),log)
 
 .PHONY: train test test-slow gpu-check lint
 
 train: $(VENV)/ready
-	$(eval CONFIG := $(CONFIG))
 	$(RUN) prepare_shakespeare.py
-	$(RUN) -m scripts.train $(addprefix --config ,$(CONFIG))
+	$(RUN) -m scripts.train --config $(CONFIG)
 	$(RUN) -m scripts.generate --log_dir $(LOG) --prompt "ROMEO:"
 	$(RUN) -m scripts.plot $(LOG)
 

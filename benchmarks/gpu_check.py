@@ -66,7 +66,8 @@ def main() -> int:
         printed, error = run(words, min(limit, deadline - time.monotonic()))
         if error:
             failed = True
-            print(f"{name}: {error}")
+            print(f"{name}: {error}\n{printed}")
+            return ""
         return printed
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -82,9 +83,10 @@ def main() -> int:
         if "tokens/s" in figures:
             print(f"{name:<28}{figures['tokens/s']:>12}{figures['MFU (%)']:>12}"
                   f"{figures['peak memory (GB)']:>20}", flush=True)
+    nanogpt = shlex.quote(args.nanogpt or "")
     for B in (16, 64) if args.nanogpt else ():
         shape = "2,32,2,300,2,32" if quick else f"12,768,12,50257,{B},1024"
-        name, words = f"nanoGPT, {B} x 1024", f"--peer --nanogpt {args.nanogpt} --shape {shape}"
+        name, words = f"nanoGPT, {B} x 1024", f"--peer --nanogpt {nanogpt} --shape {shape}"
         if printed := measure(name, f"benchmarks.peers {words}"):
             print(f"{name:<28}{float(printed.split()[-1]):>12.0f}", flush=True)
     print(f"\ngeneration, 128 tokens\n"

@@ -5,7 +5,7 @@ import ctypes
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -31,7 +31,10 @@ def select_device(name: str) -> torch.device:
     if name not in available:
         raise UserError(f"device {name!r} is not available: PyTorch {torch.__version__} found "
                         f"{', '.join(available)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # also for what has no device argument
+    return device
 
 
 def select_precision(name: Precision, device: torch.device) -> Precision:
@@ -62,9 +65,10 @@ def select_compile(setting: bool | Literal["auto"], device: torch.device) -> boo
     return any(map(shutil.which, compilers)) and importlib.util.find_spec("triton") is not None
 
 
-def find_micro_batch_size(n_sequences: int, largest: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest divisor of `n_sequences` up to `largest` that `fits`; 1 if none does."""
-    for size in range(min(largest, n_sequences), 1, -1):
+def find_micro_batch_size(n_sequences: int, sizes: Iterable[int],
+                          fits: Callable[[int], bool]) -> int:
+    """Return the first of the `sizes` that divides `n_sequences` and `fits`; 1 if none does."""
+    for size in sizes:
         if n_sequences % size == 0 and fits(size):
             return size
     return 1
@@ -73,20 +77,23 @@ def find_micro_batch_size(n_sequences: int, largest: int, fits: Callable[[int], 
 def fits_in_memory(model: nn.Module, autocast: contextlib.AbstractContextManager, B: int,
                    T: int) -> bool:
     """Return whether a forward and backward pass of `model` on B sequences of T tokens fits into
-    the free memory of its GPU, beside what training allocates later and with a tenth left over."""
+    the free memory of its GPU, beside what training allocates later and with a tenth to spare."""
     device = next(model.parameters()).device
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    try:
+
+    def run_step() -> None:
         spare = torch.cuda.mem_get_info(device)[0] // 10
         # In float32: two moments of AdamW and the buckets of DistributedDataParallel.
-        later = torch.empty(3 * 4 * n_parameters + spare, dtype=torch.uint8, device=device)
+        _later = torch.empty(3 * 4 * n_parameters + spare, dtype=torch.uint8, device=device)
         tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
         with autocast:
             loss = model(tokens, tokens)
         loss.backward()
-        del later, tokens, loss
+
+    try:
+        run_step()
         fits = True
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # libraries have errors of their own for it; a bug shows in the first step
         fits = False
     model.zero_grad()
     torch.cuda.empty_cache()
@@ -97,7 +104,7 @@ def fits_in_memory(model: nn.Module, autocast: contextlib.AbstractContextManager
 def use_deterministic_algorithms() -> None:
     """Make a GPU compute the same bits in every run. Call it before any other use of CUDA.
 
-    See PyTorch's notes on reproducibility. cuBLAS needs workspaces of a fixed size for it.
+    See PyTorch's notes on reproducibility; for this, cuBLAS needs workspaces of a fixed size.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)

@@ -110,12 +110,12 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
     device, block_size = model.wte.weight.device, model.config.block_size
     rows = [list(prompt) for prompt in prompts]
     longest = max(map(len, rows))
-    # One graph of CUDA kernels for each number of keys, unless autocast would cast the weights.
+    multiple = 128 if device.type == "cuda" else 1  # few lengths: CUDA prepares for each new shape
+    # Not under autocast: a graph would read its copies of the weights after they are freed.
     use_graphs = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-    multiple = 128 if use_graphs else 1
     length = min(longest + max_new_tokens - 1, block_size)  # the last token is never an input
     cache = KVCache(model.config, len(rows), round_up(length, multiple), device)
-    needs_mask = use_graphs or min(map(len, rows)) < longest
+    needs_mask = multiple > 1 or min(map(len, rows)) < longest
     idx = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
     graphs: dict[int, Callable[[], torch.Tensor]] = {}
     finished = torch.zeros(len(rows), dtype=torch.bool)
@@ -126,10 +126,11 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
                 logits = prefill(model, cache, [row[-block_size:] for row in rows])
             else:
                 n_keys = round_up(longest, multiple)
-                step = partial(decode, model, cache, idx, n_keys, needs_mask)
-                if use_graphs and n_keys not in graphs:
-                    graphs[n_keys] = capture(step)
-                logits = graphs.get(n_keys, step)()
+                step: Callable[[], torch.Tensor] = partial(
+                    decode, model, cache, idx, n_keys, needs_mask)
+                if use_graphs:
+                    step = graphs[n_keys] = graphs.get(n_keys) or capture(step)
+                logits = step()
                 cache.positions += 1
             tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             tokens[finished] = stop_token
@@ -149,15 +150,15 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class KVCache:
-    """Keys and values of B token sequences, up to `length` tokens each, so that the model runs on
-    every token once.
+    """Keys and values of B token sequences, up to `length` tokens each, so that the model need not
+    run on earlier tokens again.
 
     Shorter sequences are padded on the right: causal attention never reads the padding from earlier
     positions, and the next token of a sequence overwrites it.
     """
 
     def __init__(self, config: GPTConfig, B: int, length: int, device: torch.device):
-        # Of each layer, allocated in the keys' dtype when it first runs.
+        # One tensor per layer, allocated when it first runs, in the dtype of the keys.
         self.layers: list[torch.Tensor] = []
         self.shape = (2, B, config.n_head, length, config.n_embd // config.n_head)
         self.rows = torch.arange(B, device=device)[:, None]  # (B, 1)
@@ -185,7 +186,7 @@ def prefill(model: GPT, cache: KVCache, rows: list[list[int]]) -> torch.Tensor:
     cache.n_keys = padded.shape[1]
     cache.positions = torch.arange(cache.n_keys, device=device).expand(padded.shape)
     x = model.hidden_states(padded.to(device), kv_cache=cache)  # (B, T, C)
-    cache.positions = lengths[:, None]
+    cache.positions = lengths[:, None]  # a new tensor: graphs captured before still use the old one
     return model.lm_head(x[cache.rows[:, 0], lengths - 1]).float()
 
 
@@ -206,18 +207,16 @@ def decode(model: GPT, cache: KVCache, idx: torch.Tensor, n_keys: int,
 
 
 def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Return a function that runs the CUDA kernels of `step` again, as one CUDA graph.
+    """Return a function that replays the CUDA kernels of `step` as one CUDA graph.
 
-    Python and the launches of hundreds of small kernels take several times as long as the kernels.
-    The graph reads and writes the same memory each time, also its result.
+    Launching hundreds of small kernels from Python takes several times as long as running them.
+    Each replay reads the same memory and overwrites the previous result.
     """
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()  # what a first run allocates or loads must not be part of the graph
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # waits for the first run
         result = step()
 
     def replay() -> torch.Tensor:

@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout in the block."""
+    """Switch off dropout inside the `with` statement."""
     was_training = model.training
     model.eval()
     try:
@@ -224,7 +224,7 @@ class GPT(nn.Module):
         """Return the final hidden states (B, T, n_embd) for token ids `idx` (B, T).
 
         positions (B, T): position of each token, below block_size; default: 0 to T - 1.
-        mask (B, 1, T, T): true where a query (third dimension) sees a key; default: causal.
+        mask (B, 1, T, n_keys): true where a query (third dimension) sees a key; default: causal.
         kv_cache: a `gpt.generation.KVCache`, which adds the keys and values of earlier tokens.
         Raises ValueError for more positions than block_size.
         """

@@ -70,7 +70,7 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=lambda: GPTConfig(block_size=0, vocab_size=0))
 
     total_batch_size: int = 32768  # tokens per optimizer step, over all GPUs
-    # sequences per forward pass per GPU; auto: as many as fit, on a CPU at most 16
+    # sequences per forward pass per GPU; auto: as many as fit, on a CPU up to 16
     micro_batch_size: int | Literal["auto"] = "auto"
     seq_len: int | Literal["auto"] = 256  # tokens per sequence; auto: 256, less for short data
     max_steps: int = 1000  # optimizer steps to train for
@@ -301,11 +301,11 @@ def resolve_micro_batch_size(config: TrainConfig, model: GPT,
         fits_here = ranks.device.type != "cuda" or fits_in_memory(model, autocast, size, T)
         return ranks.mean(fits_here) == [1.0]  # on all ranks
 
-    size = latest.model["train_config"]["micro_batch_size"] if latest else 0
-    if not size or n_sequences % size or not fits(size):
-        largest = MAX_MICRO_BATCH_TOKENS // T if ranks.device.type == "cuda" else 16
-        size = find_micro_batch_size(n_sequences, largest, fits)
-    return replace(config, micro_batch_size=size)
+    largest = MAX_MICRO_BATCH_TOKENS // T if ranks.device.type == "cuda" else 16
+    sizes = list(range(largest, 1, -1))
+    if latest:
+        sizes.insert(0, latest.model["train_config"]["micro_batch_size"])
+    return replace(config, micro_batch_size=find_micro_batch_size(n_sequences, sizes, fits))
 
 
 def load_data(config: TrainConfig,

@@ -58,9 +58,8 @@ def test_micro_batch_is_the_largest_divisor_that_fits(limit, expected):
         tried.append(size)
         return size <= limit
 
-    assert find_micro_batch_size(192, 100, fits) == expected
-    assert tried == sorted(tried, reverse=True)
-    assert all(192 % size == 0 and size <= 100 for size in tried)
+    assert find_micro_batch_size(192, range(100, 1, -1), fits) == expected
+    assert all(192 % size == 0 for size in tried)
 
 
 def test_auto_device_prefers_cuda_then_mps(monkeypatch):
@@ -70,4 +69,6 @@ def test_auto_device_prefers_cuda_then_mps(monkeypatch):
     assert select_device("auto").type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert select_device("auto").type == "cuda"
-    assert select_device("cuda:1") == torch.device("cuda", 1)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert select_device("cuda:1") == torch.device("cuda", 1) == chosen[0]
