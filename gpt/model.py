@@ -170,9 +170,11 @@ class GPT(nn.Module):
         if "block_size" in overrides:
             weights["wpe.weight"] = weights["wpe.weight"][:overrides["block_size"]]
         config = {**checkpoint["config"], **overrides}
-        model = cls.on_meta_device({"config": config, "model": weights}).to_empty(device="cpu")
+        model = cls.on_meta_device({"config": config, "model": weights})
+        copies = {}
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(weights.pop(name))
+            copies[name] = torch.empty(parameter.shape).copy_(weights.pop(name))
+        model.load_state_dict(copies, assign=True)
         return model
 
     @classmethod
