@@ -1,5 +1,5 @@
 # make train · make test · make lint: each creates .venv if it is missing or older than the requirements.
-#   make train CONFIG=configs/tinystories.yaml   instead of configs/laptop.yaml
+#   make train CONFIG=configs/shakespeare.yaml   instead of configs/laptop.yaml
 #   make train PYTHON=python3.12                 instead of python3 for creating .venv
 
 PYTHON ?= python3

@@ -33,7 +33,7 @@ def select_device(name: str) -> torch.device:
                         f"{', '.join(available)}")
     device = torch.device(name)
     if device.index is not None:
-        torch.cuda.set_device(device)  # also for what has no device argument
+        torch.cuda.set_device(device)  # for calls without a device argument
     return device
 
 
@@ -93,7 +93,7 @@ def fits_in_memory(model: nn.Module, autocast: contextlib.AbstractContextManager
     try:
         run_step()
         fits = True
-    except RuntimeError:  # libraries have errors of their own for it; a bug shows in the first step
+    except RuntimeError:  # cuBLAS and cuDNN raise other errors than OutOfMemoryError
         fits = False
     model.zero_grad()
     torch.cuda.empty_cache()

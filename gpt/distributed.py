@@ -122,8 +122,8 @@ def create_store(torchrun_store: torch.distributed.Store, rank: int,
                  timeout: datetime.timedelta) -> torch.distributed.Store:
     """Return a new store, which rank 0 hosts and through which the ranks find one another.
 
-    torchrun's store survives restarts, and so do the addresses of dead ranks in it, from which
-    PyTorch would wait for an answer. It is only used to tell the port of the new store.
+    torchrun's store survives restarts and still holds the addresses of dead ranks, to which PyTorch
+    would try to connect. It is only used to pass on the port of the new store.
     """
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
     if rank == 0:
@@ -137,6 +137,6 @@ def create_store(torchrun_store: torch.distributed.Store, rank: int,
             store = torch.distributed.TCPStore(host, port, timeout=datetime.timedelta(seconds=2))
             store.set_timeout(timeout)
             return store
-        except torch.distributed.DistError:  # the port is still that of a dead rank 0
+        except torch.distributed.DistError:  # a stale port, of a rank 0 that has died
             if time.monotonic() > deadline:
                 raise

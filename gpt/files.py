@@ -22,8 +22,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     The bytes go to `.<name>.tmp` in the same folder, are synced to disk, and replace `path` in one
     step (`os.replace`): a crash or a power failure leaves the old file or the new one. An exception
-    in the block removes the temporary file; the next write replaces that of a killed process. An
-    OSError, for example on a full disk, names `path`.
+    in the block removes the temporary file; a killed process leaves it, and the next write to
+    `path` overwrites it. An OSError, for example on a full disk, names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -84,7 +84,7 @@ def save_pt(path: Path, content: dict) -> None:
     try:
         with atomic_write(path) as file:
             torch.save(to_cpu(content), file)
-    except RuntimeError as error:  # torch.save hides an OSError behind errors of its own
+    except RuntimeError as error:  # torch.save raises this when writing fails with an OSError
         cause: BaseException = error
         while cause.__context__:
             cause = cause.__context__
@@ -138,9 +138,9 @@ def run_lock(folder: str | Path, setting: str = "log_dir",
     """Hold the lock of `folder`, the value of `setting`, and create the folder if it is missing.
 
     Yields a function to call before writing to the folder: it raises UserError if the folder has
-    been moved, removed or replaced since. A killed process does not hold its lock any longer.
-    Raises UserError if another process holds it or the folder is not writable. Not `enabled`: do
-    nothing.
+    been moved, removed or replaced since. The lock of a killed process is free again. Does nothing
+    unless `enabled`. Raises UserError if another process holds the lock or the folder is not
+    writable.
     """
     if not enabled:
         yield lambda: None
@@ -175,7 +175,7 @@ def run_lock(folder: str | Path, setting: str = "log_dir",
     try:
         yield assert_held
     finally:
-        with contextlib.suppress(OSError):  # Windows keeps open files; the folder is not empty
+        with contextlib.suppress(OSError):  # a file in use on Windows; a folder that is not empty
             if is_held():
                 for file in (owner_file, folder / ".lock", folder / ".soft_lock"):
                     file.unlink(missing_ok=True)

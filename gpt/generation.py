@@ -110,8 +110,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
     device, block_size = model.wte.weight.device, model.config.block_size
     rows = [list(prompt) for prompt in prompts]
     longest = max(map(len, rows))
-    multiple = 128 if device.type == "cuda" else 1  # few lengths: CUDA prepares for each new shape
-    # Not under autocast: a graph would read its copies of the weights after they are freed.
+    # Fewer shapes: on CUDA each new one costs a graph or a kernel plan.
+    multiple = 128 if device.type == "cuda" else 1
+    # Not under autocast: its copies of the weights are freed before a graph that reads them.
     use_graphs = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
     length = min(longest + max_new_tokens - 1, block_size)  # the last token is never an input
     cache = KVCache(model.config, len(rows), round_up(length, multiple), device)
@@ -186,7 +187,7 @@ def prefill(model: GPT, cache: KVCache, rows: list[list[int]]) -> torch.Tensor:
     cache.n_keys = padded.shape[1]
     cache.positions = torch.arange(cache.n_keys, device=device).expand(padded.shape)
     x = model.hidden_states(padded.to(device), kv_cache=cache)  # (B, T, C)
-    cache.positions = lengths[:, None]  # a new tensor: graphs captured before still use the old one
+    cache.positions = lengths[:, None]  # a new tensor: earlier graphs would read the old one
     return model.lm_head(x[cache.rows[:, 0], lengths - 1]).float()
 
 

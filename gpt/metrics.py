@@ -1,6 +1,5 @@
 """A run's log: console lines or a progress bar, metrics.jsonl, samples.txt, TensorBoard, W&B."""
 
-import importlib
 import json
 import math
 import os
@@ -98,8 +97,10 @@ class RunLog:
     @property
     def should_stop_early(self) -> bool:
         """Whether the last `patience` validations had no new best loss; never if it is 0."""
+        if not self.patience:
+            return False
         losses = [record["loss"] for record in self._records("val")]
-        if not losses or not self.patience:
+        if not losses:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
@@ -211,7 +212,7 @@ class RunLog:
 
         if wandb_project:
             try:
-                wandb: Any = importlib.import_module("wandb")
+                import wandb
             except ImportError as error:
                 raise UserError(f"--wandb_project needs wandb ({error}): pip install wandb"
                                 ) from None

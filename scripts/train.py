@@ -55,7 +55,7 @@ from gpt.signals import StopHandler
 from gpt.tokenizer import Tokenizer
 from scripts.cli import run_cli
 
-MAX_MICRO_BATCH_TOKENS = 65536  # more do not make a GPU faster
+MAX_MICRO_BATCH_TOKENS = 65536  # the largest micro-batch whose speed has been measured
 TYPICAL_MFU = 0.3  # assumed when predicting the duration of a run
 
 

@@ -36,6 +36,16 @@ def test_resumed_run_repeats_every_number(args, tmp_path, uninterrupted_run, pla
     assert_same_results(uninterrupted_run, tmp_path)
 
 
+@pytest.mark.parametrize("max_steps, save_every", [("20", "12"), ("12", "0")])
+def test_step_is_saved_before_its_evaluation(args, tmp_path, max_steps, save_every):
+    """Where a save is due, and at the end: an evaluation that fails there costs nothing."""
+    done = Fork("tests/fault_injection.py", *args, "--max_steps", max_steps, "--eval_every", "4",
+                "--save_every", save_every, FAULT="evaluation crash").result()
+    assert done.returncode == 1
+    assert list(metrics(tmp_path, "val")) == [4, 8]
+    assert (tmp_path / "model_00012.pt").exists() and (tmp_path / "optim_00012.pt").exists()
+
+
 def test_second_signal_ends_the_run_except_under_torchrun(monkeypatch):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)

@@ -78,6 +78,15 @@ def test_run_stops_if_its_folder_is_moved(args, tmp_path, replaced):
     assert "resuming from" in run("-m", "scripts.train", *args).stdout
 
 
+def test_run_lock_keeps_the_empty_folder_of_somebody_else(tmp_path):
+    with run_lock(tmp_path / "log") as assert_held:
+        (tmp_path / "log").rename(tmp_path / "moved")
+        (tmp_path / "log").mkdir()
+        with pytest.raises(UserError, match="was moved, removed or replaced"):
+            assert_held()
+    assert (tmp_path / "log").exists()
+
+
 def test_run_lock_works_on_file_systems_without_locks(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, "No locks available")

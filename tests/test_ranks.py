@@ -9,7 +9,8 @@ import torch
 
 from gpt import checkpoint
 from gpt.dataloader import DataLoaderLite
-from gpt.distributed import init_ranks
+from gpt.distributed import Ranks, init_ranks
+from gpt.errors import UserError
 from tests.conftest import (
     RUN,
     TINY_BYTES,
@@ -111,6 +112,15 @@ def test_signal_to_any_rank_stops_all_at_one_step(byte_data, tmp_path):
     assert [rank.returncode for rank in done] == [143, 143]
     assert re.findall(r"stopped at step (\d+)", done[0].stdout) == ["7"]
     assert last_step(tmp_path) == 7
+
+
+def test_value_that_only_one_rank_has_differs(monkeypatch):
+    """Such as a shard that another rank does not see."""
+    ranks = Ranks(1, 2, torch.device("cpu"))
+    for expected, values in (({"a": 1}, {"a": 1, "b": 2}), ({"a": 1, "b": 2}, {"a": 1})):
+        monkeypatch.setattr(ranks, "broadcast", lambda _, expected=expected: expected)
+        with pytest.raises(UserError, match="rank 1 has b "):
+            ranks.assert_equal(values)
 
 
 def test_every_rank_prints_its_user_error(byte_data, tmp_path):
