@@ -15,14 +15,8 @@ import numpy as np
 
 from gpt.errors import UserError
 from gpt.files import atomic_write
-from gpt.shards import (
-    ShardWriter,
-    dataset_folder,
-    format_token_counts,
-    is_complete,
-    read_meta,
-    token_dtype,
-)
+from gpt.shards import dataset_folder, format_token_counts, token_dtype, write_shard
+from gpt.text_files import TextConfig, find_sources, read_batches
 from gpt.tokenizer import Tokenizer
 from scripts import cli
 
@@ -44,7 +38,7 @@ class PrepareConfig:
     """Settings of prepare_shakespeare.py."""
 
     out: str = "shakespeare_data"  # output folder
-    input: str | None = None  # UTF-8 text file to use instead of Shakespeare
+    input: str | None = None  # your text, instead of Shakespeare: a file in UTF-8
     val_fraction: float = 0.1  # fraction for validation, from the end of the text
 
 
@@ -54,20 +48,12 @@ def main(config: PrepareConfig) -> None:
     if not 0 < config.val_fraction < 1:
         raise UserError(f"--val_fraction is {config.val_fraction}: must be between 0 and 1")
     out = Path(config.out)
-    small = out / f"bpe{SMALL_VOCAB_SIZE}"
-    meta = read_meta(out, allow_incomplete=True) if config.input is None and out.is_dir() else {}
-    old_fraction = (meta.get("settings") or {}).get("val_fraction", config.val_fraction)
-    out_complete = old_fraction == config.val_fraction and is_complete(out, meta)
-    if out_complete and is_complete(small, read_meta(small, allow_incomplete=True)):
-        print(f"{out} is complete ({format_token_counts(meta)} from {meta['source']}): "
-              f"nothing to do")
-        return
     if config.input:
-        source, text = config.input, read_text(Path(config.input))
+        source, text = config.input, read_text(config.input)
     else:
         source, text = shakespeare(out)
     gpt2 = Tokenizer()
-    ids = np.array(gpt2.encode(text))
+    ids = gpt2.encode(text)
     n_train = int((1 - config.val_fraction) * len(ids))
     settings = {"inputs": hashlib.sha256(text.encode()).hexdigest(),
                 "val_fraction": config.val_fraction}
@@ -77,40 +63,36 @@ def main(config: PrepareConfig) -> None:
     if not train or not val:
         raise UserError(f"{source} is too short to split ({len(ids)} tokens): pass a longer text")
     write_dataset(out, gpt2, ids[:n_train], ids[n_train:], settings, source)
+    small = out / f"bpe{SMALL_VOCAB_SIZE}"
     learned = Tokenizer.train([train], SMALL_VOCAB_SIZE)
-    train_ids, val_ids = np.array(learned.encode(train)), np.array(learned.encode(val))
-    write_dataset(small, learned, train_ids, val_ids, settings, source)
+    write_dataset(small, learned, learned.encode(train), learned.encode(val), settings, source)
 
 
-def write_dataset(folder: Path, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray,
+def write_dataset(folder: Path, tokenizer: Tokenizer, train: list[int], val: list[int],
                   settings: dict, source: str) -> None:
     """Write the token ids of both splits, unless they exist.
 
     Raises UserError if the folder holds other data.
     """
     with dataset_folder(folder, tokenizer, settings, source) as meta:
-        if "splits" in meta:
-            print(f"{folder} is complete ({format_token_counts(meta)} from {source}): "
+        if meta["complete"]:
+            print(f"{folder} is complete ({format_token_counts(meta)} from {meta['source']}): "
                   f"nothing to do")
             return
-        meta["splits"] = {}
         for split, ids in (("train", train), ("val", val)):
-            writer = ShardWriter(folder, split, tokenizer, shard_size=len(ids))
-            writer.write(ids.astype(token_dtype(tokenizer.n_vocab)))
-            meta["splits"][split] = writer.close()
+            write_shard(folder, split, 0, np.array(ids, dtype=token_dtype(tokenizer.n_vocab)))
+            meta["splits"][split] = {"shards": 1, "tokens": len(ids), "documents": 1}
     vocabulary = ""
     if tokenizer.name != "gpt2":
         vocabulary = f" of a vocabulary of {tokenizer.n_vocab:,} in {folder}"
     print(f"Saved {format_token_counts(meta)}{vocabulary}")
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raises UserError if it cannot be read."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --input {path} ({error}): "
-                        f"pass a text file in UTF-8") from None
+def read_text(path: str) -> str:
+    """Return the text of a file, as `scripts.prepare` reads it."""
+    config = TextConfig(input=[path], val_fraction=0)
+    batches = read_batches(find_sources(config), config)
+    return "".join(text for batch in batches for _, _, text in batch)
 
 
 def shakespeare(folder: Path) -> tuple[str, str]:
@@ -123,7 +105,7 @@ def shakespeare(folder: Path) -> tuple[str, str]:
     tiny, plays = folder / "tinyshakespeare.txt", folder / "plays.txt"
     for source, path in (("tiny Shakespeare", tiny), (PACKAGE, plays)):
         if path.exists():
-            return source, read_text(path)
+            return source, read_text(str(path))
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as response:
             data = response.read()

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from gpt.errors import UserError
-from gpt.shards import find_shards, longest_seq_len, read_tokens, stat_shard
+from gpt.shards import find_shards, read_tokens, stat_shard
 
 
 def permute_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -79,10 +79,9 @@ class DataLoaderLite:
         n_sequences = [max(shard.length - 1, 0) // seq_len for shard in self.shards]
         if not any(n_sequences):
             longest = max(self.shards, key=lambda shard: shard.length)
-            fits = longest_seq_len(longest.length)
-            lower = f"pass --seq_len {fits}, as --seq_len auto does" if fits else "lower --seq_len"
+            advice = "pass --seq_len auto" if longest.length > 32 else "prepare more text"
             raise UserError(f"shard {longest.path} has {longest.length} tokens, one sequence needs "
-                            f"seq_len + 1 = {seq_len + 1}: {lower}, or prepare more text")
+                            f"seq_len + 1 = {seq_len + 1}: {advice}")
         # (shards + 1,): index of each shard's first sequence
         self.first_sequence = np.cumsum([0, *n_sequences])
         self.n_sequences = int(self.first_sequence[-1])
@@ -130,12 +129,7 @@ class DataLoaderLite:
             shard = self.shards[index]
             start = (sequence - self.first_sequence[index]) * self.seq_len + offset
             start = min(int(start), shard.length - self.seq_len - 1)
-            row[:] = read_tokens(shard, start, self.seq_len + 1)
-            if row.min() < 0 or row.max() >= self.vocab_size:
-                at = np.flatnonzero((row < 0) | (row >= self.vocab_size))[0]
-                raise UserError(f"shard {shard.path} has token id {row[at]} at position "
-                                f"{start + at}, expected 0 to {self.vocab_size - 1}: prepare the "
-                                f"data with the model's tokenizer")
+            row[:] = read_tokens(shard, start, self.seq_len + 1, self.vocab_size)
         tokens = torch.from_numpy(rows)
         if self.device.type == "cuda":  # copies from pinned memory overlap with the GPU's work
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)

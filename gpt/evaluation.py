@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from gpt.distributed import Ranks
-from gpt.errors import UserError
 from gpt.loss import token_losses
 from gpt.model import GPT, evaluation_mode
 from gpt.tokenizer import Tokenizer
@@ -50,9 +49,9 @@ def sliding_window_losses(model: GPT, tokens: np.ndarray, stride: int,
     of fixed-length models". Each predicts the tokens that the previous one did not reach: every
     token but the first is predicted once, with at least block_size - stride tokens of context if
     there are that many. At stride block_size the windows do not overlap, and the first token of
-    each is not predicted. Raises UserError for ids outside the vocabulary.
+    each is not predicted.
     """
-    T, vocab_size = model.config.block_size, model.config.vocab_size
+    T = model.config.block_size
     device = model.wte.weight.device
     begins = range(0, max(len(tokens) - T, 0) + stride, stride)  # the last one reaches the end
     for i in range(0, len(begins), batch_size):
@@ -65,9 +64,6 @@ def sliding_window_losses(model: GPT, tokens: np.ndarray, stride: int,
             first = max(T - stride, 1) if begin else 1
             idx[row, :len(window)] = window
             targets[row, first - 1:len(window) - 1] = window[first:]
-        if idx.min() < 0 or idx.max() >= vocab_size:
-            raise UserError(f"the data has token ids from {idx.min()} to {idx.max()}, expected 0 "
-                            f"to {vocab_size - 1}: prepare the data with the model's tokenizer")
         predicted = targets >= 0
         x = model.hidden_states(torch.from_numpy(idx).to(device))  # (windows, T, C)
         x = x[torch.from_numpy(predicted)]  # (n_targets, C)

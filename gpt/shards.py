@@ -17,151 +17,112 @@ from gpt.errors import UserError
 from gpt.files import atomic_write, read_json, run_lock
 from gpt.tokenizer import Tokenizer
 
-COUNT_SIZE = 2**20  # tokens counted per pass; fits the CPU's cache
-
 
 def token_dtype(vocab_size: int) -> type:
     """Return the smallest unsigned integer type that holds every token id below `vocab_size`."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarray) -> None:
-    """Write token arrays (1-D), one after the other, as `<data_root>/<split>_<index>.npy`,
-    atomically.
+def write_shard(data_root: str | Path, split: str, index: int, tokens: np.ndarray) -> None:
+    """Write tokens (1-D) as `<data_root>/<split>_<index>.npy`, atomically.
 
     Raises OSError, for example if the disk is full.
     """
-    path = Path(data_root) / f"{split}_{index:05d}.npy"
-    with atomic_write(path) as file:  # not np.save: its error does not say that the disk is full
-        np.lib.format.write_array_header_1_0(file, {
-            "descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False,
-            "shape": (sum(map(len, parts)),)})
-        for tokens in parts:
-            file.write(np.ascontiguousarray(tokens, parts[0].dtype).data)
+    header = np.lib.format.header_data_from_array_1_0(tokens)
+    with atomic_write(Path(data_root) / f"{split}_{index:05d}.npy") as file:
+        # Not np.save: its error does not say that the disk is full.
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(tokens.data)
 
 
 class ShardWriter:
     """Collect the tokens of a split and save them as shards of at most `shard_size` tokens.
 
-    A shard ends where a document ends, unless that document is longer than a shard. The shards are
-    the only state. To resume, write from the split's document number `n_documents` (counted from
-    1), the last one begun: its tokens that are already in shards are skipped.
+    A shard ends where a document ends, unless that document is longer than a shard. `meta`, the
+    content of meta.json, says how many documents the shards hold so far: to resume, write the
+    documents that follow.
     """
 
-    def __init__(self, data_root: str | Path, split: str, tokenizer: Tokenizer, shard_size: int):
-        self.data_root, self.split = data_root, split
-        self.tokenizer = tokenizer
+    def __init__(self, data_root: str | Path, split: str, meta: dict, shard_size: int):
+        self.data_root, self.split, self.meta = data_root, split, meta
         self.shard_size = shard_size
+        self.end_of_text = meta["vocab_size"] - 1
+        self.saved = {"shards": 0, "tokens": 0, "documents": 0, **meta["splits"].get(split, {})}
         self.parts: list[np.ndarray] = []  # tokens not saved yet
-        self.n_pending = self.n_shards = 0
-        self.skip = 0  # tokens of the last document that are in shards
-        self.counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # how often each token occurs
-        for path in list_shards(data_root, split):
-            if path.name != f"{split}_{self.n_shards:05d}.npy":
-                raise UserError(f"{split}_{self.n_shards:05d}.npy is missing in "
-                                f"{str(data_root)!r}: delete the folder and prepare the data again")
-            tokens = open_shard(path)
-            begins = np.flatnonzero(tokens == tokenizer.end_of_text)
-            self.skip = len(tokens) - int(begins[-1]) if len(begins) else self.skip + len(tokens)
-            self.counts += count_tokens(path, tokenizer.n_vocab)
-            self.n_shards += 1
-
-    @property
-    def n_documents(self) -> int:
-        return int(self.counts[self.tokenizer.end_of_text])
+        self.n_pending = 0
 
     def write(self, tokens: np.ndarray) -> None:
         """Append tokens (1-D), and save a shard whenever one is full. Raises OSError if that
         fails."""
-        n_skipped = min(self.skip, len(tokens))
-        self.skip -= n_skipped
-        self.parts.append(tokens[n_skipped:])
-        self.n_pending += len(self.parts[-1])
-        self.counts += np.bincount(self.parts[-1], minlength=len(self.counts))
+        self.parts.append(tokens)
+        self.n_pending += len(tokens)
         # not >=: the next token says whether a document ends here
         while self.n_pending > self.shard_size:
             self.save()
 
     def save(self) -> None:
         """Save one shard of pending tokens."""
-        parts, rest = self.parts, []
-        if self.n_pending > self.shard_size:
-            tokens = np.concatenate(parts)
-            begins = np.flatnonzero(tokens[1:self.shard_size + 1] == self.tokenizer.end_of_text)
-            n = int(begins[-1]) + 1 if len(begins) else self.shard_size
-            parts, rest = [tokens[:n]], [tokens[n:].copy()]
-        write_shard(self.data_root, self.split, self.n_shards, *parts)
-        self.n_shards += 1
-        self.parts, self.n_pending = rest, sum(map(len, rest))
+        pending = np.concatenate(self.parts)
+        begins = np.flatnonzero(pending == self.end_of_text)  # of documents
+        n = len(pending)
+        if n > self.shard_size:
+            ends = begins[(begins > 0) & (begins <= self.shard_size)]
+            n = ends[-1] if len(ends) else self.shard_size
+        write_shard(self.data_root, self.split, self.saved["shards"], pending[:n])
+        self.parts, self.n_pending = [pending[n:].copy()], len(pending) - n
+        self.saved["shards"] += 1
+        self.saved["tokens"] += int(n)
+        self.saved["documents"] += int((begins < n).sum())
+        # A document in several shards is not entered before its end: to resume is to write all of
+        # it again.
+        if n == len(pending) or n in begins:
+            self.meta["splits"][self.split] = dict(self.saved)
+            write_meta(self.data_root, self.meta)
 
-    def close(self) -> dict[str, Any]:
-        """Save the remaining tokens as the last shard and return the split's entry for
-        meta.json."""
+    def close(self) -> None:
+        """Save the remaining tokens as the last shard."""
         if self.n_pending:
             self.save()
-        return {"shards": self.n_shards} | split_stats(self.counts, self.tokenizer)
 
 
 @contextlib.contextmanager
 def dataset_folder(data_root: str | Path, tokenizer: Tokenizer, settings: dict[str, Any],
                    source: str) -> Iterator[dict[str, Any]]:
-    """Lock the folder of a dataset and yield its meta.json, which the block completes by adding
-    "splits".
+    """Lock the folder of a dataset and yield its meta.json, in which the block enters the shards it
+    has written as "splits".
 
-    Until then the file has `"complete": false` and the command that finishes the dataset. If the
-    dataset is already complete, with the same `settings`, "splits" exists. A block that raises
-    before the first shard leaves no files. Raises UserError if the folder holds other data or
-    another process is writing to it.
+    "complete" is false, and "command" finishes the dataset, until the block has ended; it is true
+    from the start if the dataset exists, with the same `settings`. A block that raises before the
+    first shard leaves no files. Raises UserError if the folder holds other data or another process
+    is writing to it.
     """
-    root, began = Path(data_root), False
+    root = Path(data_root)
     with run_lock(root, "out"):
         meta = read_meta(root, allow_incomplete=True)
-        before = meta.get("settings") or {}
-        has_files = any(root.glob("*.npy")) or (root / "tokenizer.tiktoken").exists()
-        if before != settings and (meta or has_files):
-            names = [name for name in settings if name in before and name != "inputs"]
-            changed = [f"--{name} was {before[name]}" for name in names
-                       if before[name] != settings[name]]
-            difference = ", ".join(changed) or "from another input"
-            raise UserError(f"--out {root} holds other data ({difference}): choose another "
+        before = meta.get("settings", {})
+        if before != settings and (meta or any(root.glob("*.npy"))):
+            changed = [f"--{name} was {value}" for name, value in before.items()
+                       if name in settings and settings[name] != value and name != "inputs"]
+            raise UserError(f"--out {root} holds other data "
+                            f"({', '.join(changed) or 'from another input'}): choose another "
                             f"folder or delete it")
-        if not is_complete(root, meta):
-            began = True
-            meta = {"complete": False, "command": shlex.join(["python", *sys.orig_argv[1:]]),
-                    "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab,
-                    "dtype": np.dtype(token_dtype(tokenizer.n_vocab)).name,
-                    "source": source, "settings": settings}
-            write_meta(root, meta)
-            tokenizer.save(root)
+        if meta.get("complete"):
+            yield meta
+            return
+        meta = {"complete": False, "command": shlex.join(["python", *sys.orig_argv[1:]]),
+                "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab,
+                "dtype": np.dtype(token_dtype(tokenizer.n_vocab)).name,
+                "source": source, "settings": settings, "splits": {}, **meta}
+        write_meta(root, meta)
+        tokenizer.save(root)
         try:
             yield meta
         finally:
-            if began and not any(root.glob("*.npy")):
+            if not any(root.glob("*.npy")):
                 for name in ("tokenizer.tiktoken", "meta.json"):
                     (root / name).unlink(missing_ok=True)
-        if began:
-            write_meta(root, {**meta, "complete": True})
-
-
-def split_stats(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the numbers of tokens, documents and text bytes of a split in which each token occurs
-    `counts` times."""
-    n_tokens, n_bytes = int(counts.sum()), int(counts @ tokenizer.token_lengths())
-    return {"tokens": n_tokens, "documents": int(counts[tokenizer.end_of_text]) or 1,
-            "bytes": n_bytes, "bytes_per_token": round(n_bytes / max(n_tokens, 1), 4)}
-
-
-def count_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
-    """Return how often each token id occurs in a shard: (vocab_size,), int64. Raises UserError for
-    any other id."""
-    tokens, counts = open_shard(path), np.zeros(vocab_size, dtype=np.int64)
-    for i in range(0, len(tokens), COUNT_SIZE):
-        ids = tokens[i:i + COUNT_SIZE]
-        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise UserError(f"shard {path} has token ids from {ids.min()} to {ids.max()}, expected "
-                            f"0 to {vocab_size - 1}: prepare the data again")
-        counts += np.bincount(ids, minlength=vocab_size)
-    return counts
+        meta["complete"] = True
+        write_meta(root, meta)
 
 
 def write_meta(data_root: str | Path, meta: dict) -> None:
@@ -186,13 +147,6 @@ def read_meta(data_root: str | Path, allow_incomplete: bool = False) -> dict:
     if not allow_incomplete and not meta.get("complete", True):
         raise UserError(f"data in {str(data_root)!r} is incomplete: run `{meta.get('command')}` to "
                         f"finish it")
-    vocab_size = meta.get("vocab_size", 1)
-    size_is_valid = type(vocab_size) is int and vocab_size >= 1
-    name_is_valid = isinstance(meta.get("tokenizer", ""), str | None)
-    if not (size_is_valid and name_is_valid):
-        raise UserError(f"{path} has vocab_size {vocab_size!r} and tokenizer "
-                        f"{meta.get('tokenizer')!r}: expected a whole number above 0 and a name; "
-                        f"prepare the data again, or delete this file")
     return meta
 
 
@@ -212,60 +166,51 @@ def read_tokenizer(data_root: str | Path, meta: dict) -> Tokenizer | None:
     return tokenizer
 
 
-def is_complete(data_root: str | Path, meta: dict) -> bool:
-    """Return whether the shards have as many tokens as `meta` says. Raises UserError if one is
-    damaged."""
-    return "splits" in meta and all(
-        stats["tokens"] == sum(len(open_shard(path)) for path in list_shards(data_root, split))
-        for split, stats in meta["splits"].items())
-
-
 def format_token_counts(meta: dict) -> str:
     """Return, for example, "304,222 train tokens and 33,803 val tokens"."""
-    return " and ".join(f"{stats['tokens']:,} {split} tokens"
-                        for split, stats in meta["splits"].items())
+    return " and ".join(f"{saved['tokens']:,} {split} tokens"
+                        for split, saved in sorted(meta["splits"].items()))
 
 
 def list_shards(data_root: str | Path, split: str) -> list[Path]:
-    """Return the shards of a split, ordered by their numbers of five digits or more."""
-    paths = Path(data_root).glob(f"{split}_*.npy")
+    """Return the shards of a split, ordered by their numbers of five digits or more.
+
+    Their names can have a prefix, as those of build-nanogpt do: edufineweb_train_000001.npy.
+    """
+    paths = Path(data_root).glob(f"*{split}_*.npy")
     return sorted(paths, key=lambda path: (len(path.name), path.name))
 
 
 def find_shards(data_root: str | Path, split: str) -> list[Path]:
     """Return the shards of a split, ordered by number. Raises UserError if there are none."""
-    root = Path(data_root)
-    if not root.is_dir():
-        raise UserError(f"data_root {str(root)!r} is not a folder: run "
-                        f"`python prepare_shakespeare.py` first, or pass the folder of your shards "
-                        f"as --data_root")
-    paths = list_shards(root, split)
+    paths = list_shards(data_root, split)
     if not paths:
-        raise UserError(f"no shards for split {split} in {str(root)!r}: expected files like "
-                        f"{split}_00000.npy; run `python prepare_shakespeare.py`, or pass another "
-                        f"--data_root")
+        raise UserError(f"data_root {str(data_root)!r} has no {split}_*.npy: run "
+                        f"`{prepare_command(Path(data_root))}`, or pass the folder of your shards "
+                        f"as --data_root")
     return paths
 
 
-def longest_seq_len(tokens: int) -> int:
-    """Return the longest seq_len of 32, 64, 128 or 256 of which one sequence fits into `tokens`
-    tokens; 0 if none."""
-    return next((seq_len for seq_len in (256, 128, 64, 32) if tokens > seq_len), 0)
+def prepare_command(data_root: Path) -> str:
+    """Return the command that makes a folder of shards."""
+    config = f"configs/data/{data_root.name.removesuffix('_data')}.yaml"
+    if "shakespeare_data" in data_root.parts:
+        return "python prepare_shakespeare.py"
+    if os.path.exists(config):
+        return f"python -m scripts.prepare --config {config}"
+    return f"python -m scripts.prepare --input FILES --out {data_root}"
 
 
 def auto_seq_len(data_root: str | Path, splits: Iterable[str]) -> int:
     """Return the longest seq_len of 32, 64, 128 or 256 that fits every split. Raises UserError if
     not even 32 fits."""
-    longest = []
-    for split in splits:
-        shards = [stat_shard(path) for path in find_shards(data_root, split)]
-        longest.append(max(shards, key=lambda shard: shard.length))
-    shortest = min(longest, key=lambda shard: shard.length)
-    fits = longest_seq_len(shortest.length)
-    if not fits:
-        raise UserError(f"shard {shortest.path} has {shortest.length} tokens, --seq_len auto needs "
-                        f"at least 33: prepare more text or pass a smaller --seq_len")
-    return fits
+    longest = [max(stat_shard(path).length for path in find_shards(data_root, split))
+               for split in splits]
+    for seq_len in (256, 128, 64, 32):
+        if seq_len < min(longest):
+            return seq_len
+    raise UserError(f"a split in {str(data_root)!r} has no shard of more than {min(longest)} "
+                    f"tokens, --seq_len auto needs 33: prepare more text")
 
 
 def fingerprint(data_root: str | Path) -> dict[str, str]:
@@ -295,15 +240,22 @@ def stat_shard(path: Path) -> Shard:
     return Shard(path, len(tokens), tokens.dtype, tokens.offset, os.stat(path).st_mtime_ns)
 
 
-def read_tokens(shard: Shard, start: int, n: int) -> np.ndarray:
-    """Return `n` tokens of a shard from position `start` on. Raises UserError if the file has
-    changed since `stat_shard`."""
-    with open(shard.path, "rb") as file:
-        if os.fstat(file.fileno()).st_mtime_ns != shard.modified:
-            raise UserError(f"shard {shard.path} has changed since the start of the run: restore "
-                            f"it, then rerun the same command to resume")
-        file.seek(shard.offset + start * shard.dtype.itemsize)
-        return np.frombuffer(file.read(n * shard.dtype.itemsize), shard.dtype)
+def read_tokens(shard: Shard, start: int, n: int, vocab_size: int) -> np.ndarray:
+    """Return `n` tokens of a shard from position `start` on.
+
+    Raises UserError if the file has changed since `stat_shard`, or for ids outside the vocabulary.
+    """
+    if os.stat(shard.path).st_mtime_ns != shard.modified:
+        raise UserError(f"shard {shard.path} has changed since the start of the run: restore "
+                        f"it, then rerun the same command to resume")
+    offset = shard.offset + start * shard.dtype.itemsize
+    tokens = np.fromfile(shard.path, shard.dtype, n, offset=offset)
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        at = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0]
+        raise UserError(f"shard {shard.path} has token id {tokens[at]} at position {start + at}, "
+                        f"expected 0 to {vocab_size - 1}: prepare the data with the model's "
+                        f"tokenizer")
+    return tokens
 
 
 def open_shard(path: str | Path) -> np.memmap:
@@ -318,9 +270,6 @@ def open_shard(path: str | Path) -> np.memmap:
         reason = " ".join(str(error).split())
         raise UserError(f"shard {path} cannot be read ({reason}): it is truncated or not a .npy "
                         f"file; prepare the data again") from None
-    if not isinstance(tokens, np.memmap):
-        raise UserError(f"shard {path} holds an archive: expected a 1-D array of token ids")
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"shard {path} holds {tokens.dtype} of shape {tokens.shape}: expected a "
-                        f"1-D array of integers (token ids)")
+    if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise UserError(f"shard {path} is not a 1-D array of integers (token ids)")
     return tokens

@@ -1,14 +1,10 @@
-"""Read documents of any size from text, JSON, CSV and Parquet files and from the Hugging Face Hub.
+"""Read documents of any size from text, JSON, CSV, Parquet and Arrow files and from the Hugging
+Face Hub.
 
 A text file is one document, and its last part is used for validation. Each row of a table is a
 document, and a hash of its text assigns it to train or val.
-
-Files are not read with the builders of `datasets`: those read a text file as one string, turn "NA"
-in a CSV into null and CR LF into LF, fail on JSON whose other columns change type, and their
-errors name neither file nor row.
 """
 
-import contextlib
 import csv
 import glob
 import hashlib
@@ -17,16 +13,31 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TextIO
+from pathlib import Path
+from typing import Any, TextIO
 
 import pyarrow as pa
+from tqdm import tqdm
 
 from gpt.errors import UserError
 
-TEXT, TABLES = (".txt", ".md"), (".jsonl", ".json", ".csv", ".parquet")
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+TEXT = (".txt", ".md")
+JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")
+TABLES = (*JSON, ".csv", ".tsv", ".parquet", ".arrow")
+# Files beside the tables of a dataset: a description, and what `datasets` writes.
+NOT_TEXT = ("readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
+            "state.json")
+TOKENS = {
+    ".npy": "holds token ids, not text: pass its folder to scripts.train as --data_root",
+    ".bin": "holds token ids of nanoGPT, not text: np.save('tokens/train_00000.npy', "
+            "np.fromfile('train.bin', 'uint16')) makes it a shard for --data_root tokens"}
+COMPRESSED = re.compile(r"\.(gz|zst|bz2|lz4)$")
+ARCHIVE_MARKS = (b"PK\3\4", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf",
+                 b"Rar!")
+LATIN1_TEXT = re.compile(rb"[\t\n\f\r -~\xa0-\xff]*")
 READ_SIZE = 2**20  # characters per read and per batch
 MAX_ROW = 2**25  # characters; longer rows are an error, to limit memory
 
@@ -42,7 +53,7 @@ Chunk = tuple[str, bool, str]  # "train" or "val", whether a document begins her
 class TextConfig:
     """Settings shared by all commands that read text."""
 
-    input: list[str] = field(default_factory=list)  # text/JSON/CSV/Parquet files, folders, patterns
+    input: list[str] = field(default_factory=list)  # files, folders, patterns; -: standard input
     dataset: str | None = None  # dataset on the Hugging Face Hub, instead of --input
     dataset_config: str | None = None  # configuration of --dataset, such as wikitext-2-raw-v1
     revision: str | None = None  # branch, tag or commit of --dataset
@@ -64,109 +75,107 @@ class TextConfig:
 class Source:
     """A file, or a split of a dataset on the Hub."""
 
-    path: str
-    version: str  # changes when the content does
-    size: int = 0  # bytes on disk; 0 if unknown
+    path: str  # or the name on the Hub
+    size: int = 0  # bytes of text; 0 if unknown
+    version: str = ""  # changes when the file does
     split: str | None = None  # "train" or "val" for all of its text; None: depends on the document
-    tables: Any = None  # an iterable dataset, if it is on the Hub
-    file: BinaryIO | None = None  # set when reading starts
-
-    @property
-    def position(self) -> int:
-        """Bytes read."""
-        if self.file is None or self.file.closed:
-            return self.size
-        return min(self.file.tell(), self.size)
+    hub_split: str | None = None  # split of a dataset on the Hub
+    copy: Any = None  # the temporary copy of a pipe, which is deleted with this object
 
     @property
     def is_table(self) -> bool:
-        return self.tables is not None or extension(self.path) in TABLES
+        return self.hub_split is not None or extension(self.path) in TABLES
 
 
 def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
-    """Return the sources of `config`, each file once;
-    the files of a folder or pattern are sorted by name.
+    """Return the sources of `config`, each file once; the files of a folder are sorted by name.
 
     split: "train" or "val" for all their text.
-    Raises UserError if there are none or the Hub cannot be reached.
+    Raises UserError if there are none.
     """
     if (config.dataset is None) == (not config.input):
         raise UserError("pass either --input (files, folders or a pattern) or --dataset "
                         "(a name on the Hub)")
     if config.dataset is not None:
-        return [find_dataset(config, split)]
+        return [Source(config.dataset, split=split, hub_split=config.split)]
     paths: dict[str, str] = {}
-    for path in itertools.chain.from_iterable(map(find_files, config.input)):
-        # Read by the given name: a link's target may lack the extension.
-        paths.setdefault(os.path.realpath(path), path)
+    for entry in config.input:
+        for path in find_files(entry):
+            # Read by the given name: a link's target may lack the extension.
+            paths.setdefault(os.path.realpath(path), path)
     sources = []
     for path in paths.values():
-        stat = os.stat(path)
-        sources.append(Source(path, f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size, split))
+        source = Source(path, split=split)
+        if not os.path.isfile(path):  # a pipe, which can be read only once
+            with open(path, "rb") as pipe:
+                source.copy = temporary_copy(pipe)
+            source.path = source.copy.name
+        stat = os.stat(source.path)
+        source.version = f"{stat.st_size} {stat.st_mtime_ns}"
+        source.size = stat.st_size
+        sources.append(source)
     return sources
 
 
 def find_files(entry: str) -> list[str]:
-    """Return the files of one --input: a file, folder or pattern.
+    """Return the files of one --input: a file, a folder or a pattern.
 
     Raises UserError if there are none.
     """
-    if os.path.isfile(entry):
-        return [entry]
-    is_folder = os.path.isdir(entry)
-    pattern = os.path.join(glob.escape(entry), "**") if is_folder else entry
-    files = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
-    if is_folder:
-        files = [path for path in files if extension(path) in TEXT + TABLES]
+    entry = "/dev/stdin" if entry == "-" else entry
+    if os.path.isdir(entry):
+        # rglob does not enter links to folders, which may form a circle.
+        files = [str(path) for path in sorted(Path(entry).rglob("*"))
+                 if path.is_file() and extension(path.name) in TEXT + TABLES
+                 and not any(part.startswith(".") for part in path.relative_to(entry).parts)]
+        if any(extension(path) in TABLES for path in files):
+            files = [path for path in files if os.path.basename(path).lower() not in NOT_TEXT]
+        problem = (f"has no {', '.join(TEXT + TABLES)} files: pass others with a pattern in "
+                   f"quotes, such as '{entry}/**/*.py'")
+    else:
+        files = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
+        files = [path for path in files if not os.path.isdir(path)]
+        problem = "matches no files: pass files, folders or a pattern in quotes"
     if not files:
-        problem = f"has no {', '.join(TEXT + TABLES)} files" if is_folder else "matches no files"
-        raise UserError(f"input {entry!r} {problem}: pass files, folders or a pattern in quotes")
+        raise UserError(f"input {entry!r} {problem}")
     return files
 
 
-def find_dataset(config: TextConfig, split: str | None) -> Source:
-    """Return a split of a Hub dataset, for streaming. Raises UserError if it cannot be loaded."""
-    import datasets  # takes seconds
-
-    try:
-        builder = datasets.load_dataset_builder(config.dataset, config.dataset_config,
-                                                revision=config.revision)
-        tables = builder.as_streaming_dataset(split=config.split).with_format("arrow")
-    except Exception as error:  # the network, the Hub or the disk; or there is no such split
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"cannot load --dataset {config.dataset} from the Hugging Face Hub "
-                        f"({reason}): check the name and the network, "
-                        f"or pass files as --input") from None
-    return Source(f"{config.dataset} ({config.split})", str(builder.hash), split=split,
-                  tables=tables)
+def temporary_copy(lines: Iterable[bytes]) -> Any:
+    """Return a temporary file with these lines; it is deleted when it is closed."""
+    file = tempfile.NamedTemporaryFile(prefix="input-")  # noqa: SIM115
+    file.writelines(lines)
+    file.flush()
+    return file
 
 
 def extension(path: str) -> str:
-    """Return the lower-case extension of a path, without .gz or .zst."""
-    stem, suffix = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if suffix in COMPRESSION else suffix
+    """Return the lower-case extension of a path, without that of a compression."""
+    return os.path.splitext(COMPRESSED.sub("", path.lower()))[1]
 
 
-def read_batches(sources: list[Source], config: TextConfig) -> Iterator[tuple[list[Chunk], float]]:
-    """Yield all documents in order, in batches:
-    (chunks of about READ_SIZE characters, fraction of all bytes read so far or 0 if unknown).
+def read_batches(sources: list[Source], config: TextConfig) -> Iterator[list[Chunk]]:
+    """Yield all documents in order, in batches of about READ_SIZE characters; on a terminal, with a
+    progress bar.
 
     A chunk that continues a document is the first of its batch, so that tokens do not depend on
     batch boundaries. Raises UserError with the file, and in a table the row, that cannot be read.
     """
     batch: list[Chunk] = []
-    n_chars, done, total = 0, 0, sum(source.size for source in sources)
-    for source in sources:
-        for chunk in read_chunks(source, config):
-            _, begins, text = chunk
-            if batch and (n_chars >= READ_SIZE or not begins):
-                fraction = (done + source.position) / total if total else 0.0
-                yield batch, fraction
-                batch, n_chars = [], 0
-            batch.append(chunk)
-            n_chars += len(text)
-        done += source.size
-    yield batch, 1.0
+    n_chars = 0
+    is_known = all(source.size for source in sources)
+    total = sum(source.size for source in sources) if is_known else None
+    with tqdm(total=total, unit=" characters", unit_scale=True, disable=None) as bar:
+        for source in sources:
+            for chunk in read_chunks(source, config):
+                _, begins, text = chunk
+                if batch and (n_chars >= READ_SIZE or not begins):
+                    yield batch
+                    batch, n_chars = [], 0
+                batch.append(chunk)
+                n_chars += len(text)
+                bar.update(len(text))
+    yield batch
 
 
 def read_chunks(source: Source, config: TextConfig) -> Iterator[Chunk]:
@@ -175,31 +184,38 @@ def read_chunks(source: Source, config: TextConfig) -> Iterator[Chunk]:
     Raises UserError if it cannot be read.
     """
     try:
-        if source.is_table and not config.join_rows:
-            documents = read_rows(source, config.text_column)
-        elif config.document_separator:
-            documents = split_documents(read_text(source, config), config.document_separator)
-        else:
-            by_split = itertools.groupby(split_text(source, config), lambda item: item[0])
-            for split, blocks in by_split:
-                yield from cut_chunks(split, (block for _, block in blocks))
-            return
-        for text in documents:
-            split = source.split or assign_split(text, config.val_fraction)
-            if len(text) >= MAX_CHUNK:
-                yield from cut_chunks(split, [text])
-            elif text and not text.isspace():
-                yield split, True, text
+        for split, blocks in read_documents(source, config):
+            yield from cut_chunks(split, blocks)
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        data, start = error.object, error.start
-        before = data[max(start - 40, 0):start].decode(errors="ignore").split("\n")[-1]
-        raise UserError(f"{source.path} is not UTF-8 (byte 0x{data[start]:02x} after {before!r}): "
-                        f"convert it, for example with iconv -f LATIN1 -t UTF-8") from None
+        near = error.object[max(error.start - 20, 0):error.end + 20]
+        encoding = "LATIN1" if LATIN1_TEXT.fullmatch(error.object) else "its encoding"
+        raise UserError(f"{source.path} is not UTF-8 (near {near!r}): if it is text, convert it, "
+                        f"for example with iconv -f {encoding} -t UTF-8") from None
     except Exception as error:  # a damaged file, the disk or the network, from any of the readers
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-        raise UserError(f"cannot read {source.path} ({reason})") from None
+        advice = ": check its name, the split and the network" if source.hub_split else ""
+        raise UserError(f"cannot read {source.path} ({reason}){advice}") from None
+
+
+def read_documents(source: Source, config: TextConfig) -> Iterator[tuple[str, Iterable[str]]]:
+    """Yield the documents of a source as (split, blocks of text)."""
+    if source.is_table and config.join_rows:
+        rows = read_rows(source, config)
+        lines = (row if row.endswith("\n") else row + "\n" for row in rows)
+        with temporary_copy(line.encode("utf-8", "replace") for line in lines) as copy:
+            yield from read_documents(Source(copy.name, split=source.split), config)
+    elif source.is_table or config.document_separator:
+        if source.is_table:
+            documents = read_rows(source, config)
+        else:
+            documents = split_documents(read_blocks(source), config.document_separator or "")
+        for text in documents:
+            yield source.split or assign_split(text, config.val_fraction), [text]
+    else:
+        for split, blocks in itertools.groupby(split_text(source, config), lambda item: item[0]):
+            yield split, (block for _, block in blocks)
 
 
 def assign_split(text: str, val_fraction: float) -> str:
@@ -207,39 +223,6 @@ def assign_split(text: str, val_fraction: float) -> str:
     characters: a document stays in its split when others are added."""
     digest = hashlib.blake2b(text[:2**16].encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
-
-
-def split_text(source: Source, config: TextConfig) -> Iterator[tuple[str, str]]:
-    """Yield (split, block) of a text whose last `val_fraction`, from the start of a line on,
-    is for validation."""
-    if source.split or not config.val_fraction:
-        yield from ((source.split or "train", block) for block in read_text(source, config))
-        return
-    n_chars = sum(map(len, read_text(source, config)))
-    cut, seen, split = int(n_chars * (1 - config.val_fraction)), 0, "train"
-    for block in read_text(source, config):
-        start, seen = max(cut - seen, 0), seen + len(block)
-        if split == "train" and start < len(block):
-            line_end = block.find("\n", start, len(block) - 1) + 1
-            is_last, is_next = seen == n_chars, start == 0
-            # is_last, is_next: no line ends in the rest of the text, or of the block before.
-            if line_end or is_last or is_next:
-                yield split, block[:line_end or start]
-                split, block = "val", block[line_end or start:]
-        yield split, block
-
-
-def split_documents(blocks: Iterable[str], separator: str) -> Iterator[str]:
-    """Yield the documents between separators, without surrounding newlines,
-    of a text that comes in blocks."""
-    rest = ""
-    for block in blocks:
-        *documents, rest = (rest + block).split(separator)
-        yield from (document.strip("\r\n") for document in documents)
-        if len(rest) > MAX_ROW:
-            raise UserError(f"no --document_separator {separator!r} within {MAX_ROW:,} characters: "
-                            f"pass another one")
-    yield rest.strip("\r\n")
 
 
 def cut_chunks(split: str, blocks: Iterable[str]) -> Iterator[Chunk]:
@@ -256,23 +239,53 @@ def cut_chunks(split: str, blocks: Iterable[str]) -> Iterator[Chunk]:
         yield split, begins, rest
 
 
-def read_text(source: Source, config: TextConfig) -> Iterator[str]:
-    """Yield a text file in blocks, or the rows of a table as lines."""
-    if source.is_table:
-        rows = read_rows(source, config.text_column)
-        return (row if row.endswith("\n") else row + "\n" for row in rows)
-    return read_blocks(source)
+def split_text(source: Source, config: TextConfig) -> Iterator[tuple[str, str]]:
+    """Yield (split, block) of a text file, whose last `val_fraction` is for validation: from the
+    start of a line on, if one starts soon."""
+    if source.split or not config.val_fraction:
+        yield from ((source.split or "train", block) for block in read_blocks(source))
+        return
+    n_train = int((1 - config.val_fraction) * sum(map(len, read_blocks(source))))
+    with open_text(source) as file:
+        while block := file.read(min(n_train, READ_SIZE)):
+            yield "train", block
+            n_train -= len(block)
+        line, rest = file.readline(READ_SIZE), file.read(READ_SIZE)
+        yield "train" if line.endswith("\n") and rest else "val", line
+        while rest:
+            yield "val", rest
+            rest = file.read(READ_SIZE)
 
 
-@contextlib.contextmanager
-def open_text(source: Source) -> Iterator[TextIO]:
+def split_documents(blocks: Iterator[str], separator: str) -> Iterator[str]:
+    """Yield the documents between separators, without surrounding newlines, of a text in blocks."""
+    rest = ""
+    for block in blocks:
+        *documents, rest = (rest + block).split(separator)
+        yield from (document.strip("\r\n") for document in documents)
+        if len(rest) > MAX_ROW:
+            raise UserError(f"no --document_separator {separator!r} within {MAX_ROW:,} characters: "
+                            f"pass another one")
+    yield rest.strip("\r\n")
+
+
+def open_text(source: Source) -> TextIO:
     """Open a UTF-8 file, plain or compressed, without its byte order mark
-    and with line endings unchanged."""
-    with open(source.path, "rb") as source.file:
-        compression = COMPRESSION.get(os.path.splitext(source.path.lower())[1])
-        stream = pa.input_stream(source.file, compression, READ_SIZE)
-        buffer = io.BufferedReader(stream, READ_SIZE)
-        yield io.TextIOWrapper(buffer, encoding="utf-8-sig", newline="")
+    and with line endings unchanged. Raises UserError if it is not text."""
+    stream = pa.input_stream(source.path, "detect", READ_SIZE)
+    buffer = io.BufferedReader(stream, READ_SIZE)
+    begin = buffer.peek(1)
+    problem = None
+    if extension(source.path) in TOKENS:
+        problem = TOKENS[extension(source.path)]
+    elif begin.startswith(ARCHIVE_MARKS) or begin[257:262] == b"ustar":
+        problem = "is an archive: unpack it, and pass the text in it"
+    elif b"\0" in begin:
+        problem = ("has NUL bytes: convert UTF-16 with iconv -f UTF-16 -t UTF-8; other files with "
+                   "NUL bytes are not text")
+    if problem:
+        raise UserError(f"{source.path} {problem}")
+    return io.TextIOWrapper(buffer, encoding="utf-8-sig", newline="")
 
 
 def read_blocks(source: Source) -> Iterator[str]:
@@ -282,87 +295,82 @@ def read_blocks(source: Source) -> Iterator[str]:
             yield block
 
 
-def read_rows(source: Source, column: str) -> Iterator[str]:
+def read_rows(source: Source, config: TextConfig) -> Iterator[str]:
     """Yield the text of each row of a table; skip nulls.
 
     Raises UserError with file and row if a row has no text.
     """
-    file_format = ".parquet" if source.tables is not None else extension(source.path)
-    rows = {".csv": csv_rows, ".parquet": arrow_rows}.get(file_format, json_rows)(source, column)
-    for number, row in rows:
-        text = row.get(column) if isinstance(row, dict) else None
-        if isinstance(text, str):
-            yield text
+    column = config.text_column
+    if extension(source.path) in JSON:
+        rows = json_rows(source, column)
+    elif extension(source.path) in (".csv", ".tsv"):
+        rows = csv_rows(source)
+    else:
+        rows = dataset_rows(source, config)
+    for number, row in enumerate(rows, 1):
+        columns = row if isinstance(row, dict) else {}
+        text = columns.get(column, row)
+        if text is None:
             continue
-        where = f"{source.path}, {'row' if file_format == '.parquet' else 'line'} {number}"
-        if not isinstance(row, dict):
-            raise UserError(f'{where}: expected an object such as {{"{column}": "…"}}, '
-                            f"found {type(row).__name__}")
-        if column not in row:
-            raise UserError(f"{where} has no column {column!r}: pass --text_column with one of "
-                            f"{', '.join(map(str, list(row)[:20]))}")
-        if text is not None:
-            raise UserError(f"{where}: column {column!r} holds {type(text).__name__}, not text: "
-                            f"pass another --text_column")
+        where = f"{source.path}, row {number}"
+        if not isinstance(text, str):
+            names = ", ".join(map(str, list(columns)[:20])) or "none"
+            raise UserError(f"{where} has no text in column {column!r}: pass --text_column with "
+                            f"another name, its columns are: {names}")
+        if len(text) > MAX_ROW:
+            raise UserError(f"{where} has {len(text):,} characters, more than {MAX_ROW:,}: pass "
+                            f"long texts as files")
+        yield text
 
 
-def json_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) of each JSON object: one per line, concatenated, or in an array."""
-    decode, skip_separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*").match
-    text, end, line = "", 0, 1
-    for block in itertools.chain(read_blocks(source), [""]):
-        text, end = text[end:] + block, 0
-        while True:
-            begin = skip_separators(text, end).end()  # type: ignore[union-attr]  # always matches
-            line += text.count("\n", end, begin)
-            try:
-                value, end = decode(text, begin)
-            except (ValueError, RecursionError) as error:
-                end = begin
-                if begin == len(text) or (block and len(text) - begin < MAX_ROW):
-                    break  # the rest is in the next block
-                reason = getattr(error, "msg", error)
-                raise UserError(f"{source.path}, line {line}: broken JSON ({reason}): expected "
-                                f'objects such as {{"{column}": "…"}}') from None
-            yield line, value
-            line += text.count("\n", begin, end)
+def json_rows(source: Source, column: str) -> Iterator[Any]:
+    """Yield the values of JSON Lines or of a JSON array."""
+    number = 0
+    with open_text(source) as file:
+        try:
+            first = file.buffer.peek(1)  # type: ignore[attr-defined]
+            if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                yield from json.load(file, parse_int=float)
+                return
+            for text in file:
+                number += 1
+                yield {column: None} if text.isspace() else json.loads(text, parse_int=float)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line, reason = number or getattr(error, "lineno", 1), getattr(error, "msg", error)
+            raise UserError(f"{source.path}, line {line}: broken JSON ({reason}): expected "
+                            f'objects such as {{"{column}": "…"}}, one per line or in an array'
+                            ) from None
 
 
-def csv_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, row) of a CSV file whose first line has the column names."""
+def csv_rows(source: Source) -> Iterator[dict]:
+    """Yield the rows of a CSV or TSV file whose first line has the column names."""
     csv.field_size_limit(MAX_ROW)
     with open_text(source) as file:
-        rows = csv.reader(file, strict=True)
+        delimiter = "\t" if extension(source.path) == ".tsv" else ","
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
-            names = next(rows, [])
-            for row in filter(None, rows):
-                if len(row) != len(names):
-                    raise csv.Error(f"{len(row)} cells, but {len(names)} column names")
-                yield rows.line_num, dict(zip(names, row, strict=True))
+            for row in rows:
+                if None in row or None in row.values():
+                    raise csv.Error(f"expected {len(rows.fieldnames or [])} cells")
+                yield row
         except csv.Error as error:
-            raise UserError(f"{source.path}, line {rows.line_num}: broken CSV ({error}): "
-                            f"check for a missing quotation mark") from None
+            raise UserError(f"{source.path}, line {rows.line_num}: broken table ({error}): check "
+                            f"for a missing quotation mark") from None
 
 
-def arrow_rows(source: Source, column: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) of a Parquet file or a Hub dataset, with only `column` if it exists."""
-    if source.tables is None:
-        tables = read_parquet(source, column)
+def dataset_rows(source: Source, config: TextConfig) -> Iterator[dict]:
+    """Yield the rows of a Parquet or Arrow file or a Hub dataset, with only the text column if it
+    exists."""
+    import datasets  # takes seconds
+
+    column = config.text_column
+    if source.hub_split:
+        dataset = datasets.load_dataset(source.path, config.dataset_config, streaming=True,
+                                        split=source.hub_split, revision=config.revision)
     else:
-        tables = (table.select([column]) if column in table.column_names else table
-                  for table in source.tables.iter(batch_size=100))
-    yield from enumerate((row for table in tables for row in table.to_pylist()), 1)
-
-
-def read_parquet(source: Source, column: str) -> Iterator[pa.RecordBatch]:
-    """Yield a Parquet file in batches of about READ_SIZE bytes."""
-    import pyarrow.parquet as pq
-
-    with open(source.path, "rb") as source.file:
-        # Reads a buffer at a time, not whole row groups.
-        parquet = pq.ParquetFile(source.file, pre_buffer=False, buffer_size=READ_SIZE)
-        row_groups = range(parquet.num_row_groups)
-        n_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in row_groups)
-        batch_size = max(1, min(1000, parquet.metadata.num_rows * READ_SIZE // max(n_bytes, 1)))
-        columns = [column] if column in parquet.schema_arrow.names else None
-        yield from parquet.iter_batches(batch_size, columns=columns)
+        dataset = datasets.load_dataset(extension(source.path)[1:], data_files=source.path,
+                                        streaming=True, split="train")
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        if column in table.column_names:
+            table = table.select([column])
+        yield from table.to_pylist()

@@ -130,10 +130,16 @@ def bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 @REGISTRY.primitive_rule
 def str_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    r"""Show newlines in default values as \n, and read marked strings of a YAML file."""
+    r"""Show newlines in default values as \n, read marked strings of a YAML file, and replace ~/
+    by the home folder."""
     if info.type is not str:
         return None
+
+    def parse(words: list[str]) -> str:
+        word = words[0].removeprefix(YAML_MARK)
+        return os.path.expanduser(word) if word.startswith("~/") else word
+
     return PrimitiveConstructorSpec(
         nargs=1, metavar="STR", is_instance=lambda value: isinstance(value, str),
-        instance_from_str=lambda words: words[0].removeprefix(YAML_MARK),
+        instance_from_str=parse,
         str_from_instance=lambda value: [value.replace("\n", "\\n")])

@@ -2,8 +2,8 @@
 python -m scripts.eval_perplexity --data my_text.txt"""
 
 import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from gpt.device import select_device
 from gpt.errors import UserError
 from gpt.evaluation import sliding_window_losses
 from gpt.generation import prepare_for_inference
-from gpt.shards import find_shards, open_shard, read_meta, read_tokenizer
+from gpt.shards import list_shards, read_meta, read_tokenizer, read_tokens, stat_shard
+from gpt.text_files import TextConfig, find_sources, read_batches
 from gpt.tokenizer import Tokenizer
 from scripts import cli
 
@@ -23,7 +24,7 @@ from scripts import cli
 class PerplexityConfig(CheckpointConfig):
     """Settings of scripts.eval_perplexity."""
 
-    data: str  # text file, or folder with val_*.npy
+    data: str  # folder with val_*.npy, or text as for scripts.prepare: files, -
     stride: int = 0  # tokens between sliding windows; 0: half the context
     batch_size: int = 4  # sliding windows per forward pass; lower if out of memory
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -40,7 +41,7 @@ def main(config: PerplexityConfig) -> None:
         raise UserError(f"--stride is {stride} and --batch_size is {config.batch_size}: expected "
                         f"a stride of 1 to {T} (the model's context length) and a batch size "
                         f"of 1 or more")
-    shards = [tokens for tokens in read_tokens(Path(config.data), tokenizer) if len(tokens) > 1]
+    shards = [tokens for tokens in read_data(config.data, tokenizer) if len(tokens) > 1]
     if not shards:
         raise UserError(f"--data {config.data} has fewer than two tokens: pass a longer text")
     token_lengths = tokenizer.token_lengths(model.config.vocab_size)
@@ -57,22 +58,23 @@ def main(config: PerplexityConfig) -> None:
           f"{math.exp(min(loss, 700)):.4f} | {bits_per_byte:.4f} bits per byte | stride {stride}")
 
 
-def read_tokens(data: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Return the token ids of a text file, or of each val shard in a folder.
+def read_data(data: str, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the token ids of text as `scripts.prepare` encodes it, or of each val shard in a
+    folder.
 
     Raises UserError if there are none.
     """
-    if data.is_dir():
+    if os.path.isdir(data) and list_shards(data, "val"):
         data_tokenizer = read_tokenizer(data, read_meta(data))
         if data_tokenizer and data_tokenizer.name != tokenizer.name:
             raise UserError(f"--data {data} has tokenizer {data_tokenizer.name}, but the model has "
                             f"{tokenizer.name}: prepare the data with the model's tokenizer")
-        return [open_shard(path) for path in find_shards(data, "val")]
-    try:
-        return [np.array(tokenizer.encode(data.read_bytes().decode()), dtype=np.int64)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {data} cannot be read ({error}): "
-                        f"pass a UTF-8 text file or a folder with val_*.npy") from None
+        shards = [stat_shard(path) for path in list_shards(data, "val")]
+        return [read_tokens(shard, 0, shard.length, tokenizer.n_vocab) for shard in shards]
+    text = TextConfig(input=[data], val_fraction=0)
+    batches = read_batches(find_sources(text), text)
+    return [np.concatenate([tokenizer.encode_documents(chunk[1:] for chunk in batch)
+                            for batch in batches])]
 
 
 if __name__ == "__main__":

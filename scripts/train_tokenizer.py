@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from gpt.errors import UserError
 from gpt.text_files import TextConfig, find_sources, read_batches
 from gpt.tokenizer import Tokenizer
@@ -39,19 +37,15 @@ def main(config: TokenizerConfig) -> None:
 
     def train_texts() -> Iterator[str]:
         nonlocal n_bytes
-        with tqdm(unit="B", unit_scale=True, disable=None) as bar:
-            for batch, fraction in read_batches(find_sources(config), config):
-                for text in (text for split, _, text in batch if split == "train"):
-                    if n_bytes >= config.max_bytes:
-                        return
-                    n_bytes += len(text.encode("utf-8", "replace"))
-                    # Training time is quadratic in the length of text without a word boundary.
-                    cuts = [0, *(match.end() for match in LONG_RUN.finditer(text)), len(text)]
-                    yield from (text[i:j].encode("utf-8", "replace").decode()
-                                for i, j in itertools.pairwise(cuts))
-                # Estimated from the bytes read.
-                bar.total = round(n_bytes / fraction) if fraction else None
-                bar.update(n_bytes - bar.n)
+        for batch in read_batches(find_sources(config), config):
+            for text in (text for split, _, text in batch if split == "train"):
+                if n_bytes >= config.max_bytes:
+                    return
+                n_bytes += len(text.encode("utf-8", "replace"))
+                # Training time is quadratic in the length of text without a word boundary.
+                cuts = [0, *(match.end() for match in LONG_RUN.finditer(text)), len(text)]
+                for i, j in itertools.pairwise(cuts):
+                    yield text[i:j].encode("utf-8", "replace").decode()
 
     tokenizer = Tokenizer.train(train_texts(), config.vocab_size)
     if not n_bytes:

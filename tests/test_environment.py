@@ -113,7 +113,7 @@ def test_files_of_other_programs_stay(args, tmp_path):
 
 def test_failed_start_leaves_no_folder(args, tmp_path):
     args[args.index("--data_root") + 1] = tmp_path / "missing"
-    assert_user_error(run("-m", "scripts.train", *args), "missing' is not a folder")
+    assert_user_error(run("-m", "scripts.train", *args), "missing' has no train_*.npy")
     assert not (tmp_path / "log").exists()
 
 

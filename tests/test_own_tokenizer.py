@@ -15,7 +15,7 @@ from gpt.model import GPT
 from gpt.shards import find_shards, open_shard, read_meta, read_tokenizer
 from gpt.text_files import assign_split
 from gpt.tokenizer import Tokenizer
-from scripts.eval_perplexity import read_tokens
+from scripts.eval_perplexity import read_data
 from tests.conftest import TEXT, TINY, metrics, run
 
 SPEECHES = [speech for speech in TEXT.read_text().split("\n\n") if speech.strip()]
@@ -88,7 +88,7 @@ def test_exported_tokenizer_loads_in_transformers_and_gpt(project):
 def test_data_of_another_tokenizer_is_rejected(project, tmp_path):
     """Token ids of one tokenizer are noise to a model trained with another."""
     with pytest.raises(UserError, match="has tokenizer bpe600-.*, but the model has gpt2"):
-        read_tokens(project / "data", Tokenizer())
+        read_data(str(project / "data"), Tokenizer())
     Tokenizer.train(SPEECHES, 500).save(tmp_path)
     with pytest.raises(UserError, match="names the tokenizer bpe600-.*, "
                                         "but tokenizer.tiktoken is bpe500-"):

@@ -53,15 +53,15 @@ def test_sliding_window_losses_equal_the_reference(stride):
 
 
 def test_eval_perplexity_equals_the_reference(tmp_path):
-    """By default the stride is half the context.
-    Bits per byte count the text's bytes without its first token's."""
+    """By default the stride is half the context. The text follows <|endoftext|>, as in shards, so
+    its first token is predicted, too."""
     model, tokenizer = random_model(block_size=48, vocab_size=50257), Tokenizer()
     text = TEXT.read_text()[:1500]
     save_model(tmp_path / "model.pt", model, step=0, tokenizer="gpt2")
     (tmp_path / "text.txt").write_text(text)
-    tokens = tokenizer.encode(text)
+    tokens = [tokenizer.end_of_text, *tokenizer.encode(text)]
     losses = reference_losses(model, tokens, 24)
-    n_bytes = len(text.encode()) - len(tokenizer.decode(tokens[:1]))
+    n_bytes = len(text.encode())
     done = run("-m", "scripts.eval_perplexity", "--checkpoint", tmp_path / "model.pt",
                "--device", "cpu", "--data", tmp_path / "text.txt")
     numbers = [float(number.replace(",", ""))

@@ -126,7 +126,7 @@ def test_value_that_only_one_rank_has_differs(monkeypatch):
 def test_every_rank_prints_its_user_error(byte_data, tmp_path):
     """An error on all ranks, or different flags on one rank. Nothing is written."""
     for done in run_ranks(2, *train_args("missing", tmp_path / "log")):
-        assert_user_error(done, "data_root 'missing' is not a folder")
+        assert_user_error(done, "data_root 'missing' has no train_*.npy")
     _, second = run_ranks(2, *train_args(byte_data, tmp_path / "log"),
                           rank_args={1: ["--max_lr", "1"]})
     assert_user_error(second, "rank 1 has max_lr 1.0, rank 0 has 0.01: start all ranks")
