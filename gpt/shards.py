@@ -23,16 +23,19 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shard(data_root: str | Path, split: str, index: int, tokens: np.ndarray) -> None:
-    """Write tokens (1-D) as `<data_root>/<split>_<index>.npy`, atomically.
+def write_shard(data_root: str | Path, split: str, index: int, *parts: np.ndarray) -> None:
+    """Write token arrays (1-D), one after the other, as `<data_root>/<split>_<index>.npy`,
+    atomically.
 
     Raises OSError, for example if the disk is full.
     """
-    header = np.lib.format.header_data_from_array_1_0(tokens)
+    header = np.lib.format.header_data_from_array_1_0(parts[0])
+    header["shape"] = (sum(map(len, parts)),)
     with atomic_write(Path(data_root) / f"{split}_{index:05d}.npy") as file:
         # Not np.save: its error does not say that the disk is full.
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(tokens.data)
+        for tokens in parts:
+            file.write(tokens.data)
 
 
 class ShardWriter:
@@ -48,6 +51,7 @@ class ShardWriter:
         self.shard_size = shard_size
         self.end_of_text = meta["vocab_size"] - 1
         self.saved = {"shards": 0, "tokens": 0, "documents": 0, **meta["splits"].get(split, {})}
+        self.n_documents = self.saved["documents"]  # begun so far
         self.parts: list[np.ndarray] = []  # tokens not saved yet
         self.n_pending = 0
 
@@ -56,26 +60,31 @@ class ShardWriter:
         fails."""
         self.parts.append(tokens)
         self.n_pending += len(tokens)
+        self.n_documents += self.count_documents(tokens)
         # not >=: the next token says whether a document ends here
         while self.n_pending > self.shard_size:
             self.save()
 
+    def count_documents(self, tokens: np.ndarray) -> int:
+        return int(np.count_nonzero(tokens == self.end_of_text))
+
     def save(self) -> None:
         """Save one shard of pending tokens."""
-        pending = np.concatenate(self.parts)
-        begins = np.flatnonzero(pending == self.end_of_text)  # of documents
-        n = len(pending)
-        if n > self.shard_size:
-            ends = begins[(begins > 0) & (begins <= self.shard_size)]
-            n = ends[-1] if len(ends) else self.shard_size
-        write_shard(self.data_root, self.split, self.saved["shards"], pending[:n])
-        self.parts, self.n_pending = [pending[n:].copy()], len(pending) - n
+        parts, rest = self.parts, self.parts[0][:0]
+        if self.n_pending > self.shard_size:
+            pending = np.concatenate(parts)
+            begins = np.flatnonzero(pending[1:self.shard_size + 1] == self.end_of_text) + 1
+            n = begins[-1] if len(begins) else self.shard_size
+            parts, rest = [pending[:n]], pending[n:].copy()
+        write_shard(self.data_root, self.split, self.saved["shards"], *parts)
+        self.parts = [rest]
         self.saved["shards"] += 1
-        self.saved["tokens"] += int(n)
-        self.saved["documents"] += int((begins < n).sum())
+        self.saved["tokens"] += self.n_pending - len(rest)
+        self.saved["documents"] = self.n_documents - self.count_documents(rest)
+        self.n_pending = len(rest)
         # A document in several shards is not entered before its end: to resume is to write all of
         # it again.
-        if n == len(pending) or n in begins:
+        if not len(rest) or rest[0] == self.end_of_text:
             self.meta["splits"][self.split] = dict(self.saved)
             write_meta(self.data_root, self.meta)
 

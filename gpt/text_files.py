@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from gpt.errors import UserError
@@ -171,11 +172,11 @@ def read_batches(sources: list[Source], config: TextConfig) -> Iterator[list[Chu
                 _, begins, text = chunk
                 if batch and (n_chars >= READ_SIZE or not begins):
                     yield batch
+                    bar.update(n_chars)
                     batch, n_chars = [], 0
                 batch.append(chunk)
                 n_chars += len(text)
-                bar.update(len(text))
-    yield batch
+        yield batch
 
 
 def read_chunks(source: Source, config: TextConfig) -> Iterator[Chunk]:
@@ -326,15 +327,16 @@ def read_rows(source: Source, config: TextConfig) -> Iterator[str]:
 def json_rows(source: Source, column: str) -> Iterator[Any]:
     """Yield the values of JSON Lines or of a JSON array."""
     number = 0
+    decode = json.JSONDecoder(parse_int=float).decode  # int() takes at most 4,300 digits
     with open_text(source) as file:
         try:
             first = file.buffer.peek(1)  # type: ignore[attr-defined]
             if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                yield from json.load(file, parse_int=float)
+                yield from decode(file.read())
                 return
             for text in file:
                 number += 1
-                yield {column: None} if text.isspace() else json.loads(text, parse_int=float)
+                yield {column: None} if text.isspace() else decode(text)
         except (json.JSONDecodeError, RecursionError) as error:
             line, reason = number or getattr(error, "lineno", 1), getattr(error, "msg", error)
             raise UserError(f"{source.path}, line {line}: broken JSON ({reason}): expected "
@@ -361,16 +363,18 @@ def csv_rows(source: Source) -> Iterator[dict]:
 def dataset_rows(source: Source, config: TextConfig) -> Iterator[dict]:
     """Yield the rows of a Parquet or Arrow file or a Hub dataset, with only the text column if it
     exists."""
-    import datasets  # takes seconds
-
     column = config.text_column
-    if source.hub_split:
-        dataset = datasets.load_dataset(source.path, config.dataset_config, streaming=True,
-                                        split=source.hub_split, revision=config.revision)
+    if extension(source.path) == ".parquet":
+        tables = pq.ParquetFile(source.path, pre_buffer=False).iter_batches(100)
     else:
-        dataset = datasets.load_dataset(extension(source.path)[1:], data_files=source.path,
-                                        streaming=True, split="train")
-    for table in dataset.with_format("arrow").iter(batch_size=100):
+        import datasets  # takes half a second
+
+        name, options = source.path, {"split": source.hub_split, "revision": config.revision}
+        if not source.hub_split:
+            name, options = "arrow", {"split": "train", "data_files": source.path}
+        dataset = datasets.load_dataset(name, config.dataset_config, streaming=True, **options)
+        tables = dataset.with_format("arrow").iter(batch_size=100)
+    for table in tables:
         if column in table.column_names:
             table = table.select([column])
         yield from table.to_pylist()
