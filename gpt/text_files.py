@@ -109,7 +109,7 @@ def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
         source = Source(path, split=split)
         if not os.path.isfile(path):  # a pipe, which can be read only once
             with open(path, "rb") as pipe:
-                source.copy = temporary_copy(pipe)
+                source.copy = temporary_copy(pipe, name=os.path.basename(path))
             source.path = source.copy.name
         stat = os.stat(source.path)
         source.version = f"{stat.st_size} {stat.st_mtime_ns}"
@@ -126,11 +126,13 @@ def find_files(entry: str) -> list[str]:
     entry = "/dev/stdin" if entry == "-" else entry
     if os.path.isdir(entry):
         # rglob does not enter links to folders, which may form a circle.
-        files = [str(path) for path in sorted(Path(entry).rglob("*"))
-                 if path.is_file() and extension(path.name) in TEXT + TABLES
+        files = [str(path) for path in sorted(Path(entry).rglob("*")) if path.is_file()
                  and not any(part.startswith(".") for part in path.relative_to(entry).parts)]
+        tokens = [path for path in files if extension(path) in TOKENS]
+        files = [path for path in files if extension(path) in TEXT + TABLES]
         if any(extension(path) in TABLES for path in files):
             files = [path for path in files if os.path.basename(path).lower() not in NOT_TEXT]
+        files = files or tokens  # which open_text names
         problem = (f"has no {', '.join(TEXT + TABLES)} files: pass others with a pattern in "
                    f"quotes, such as '{entry}/**/*.py'")
     else:
@@ -142,9 +144,10 @@ def find_files(entry: str) -> list[str]:
     return files
 
 
-def temporary_copy(lines: Iterable[bytes]) -> Any:
-    """Return a temporary file with these lines; it is deleted when it is closed."""
-    file = tempfile.NamedTemporaryFile(prefix="input-")  # noqa: SIM115
+def temporary_copy(lines: Iterable[bytes], name: str = "") -> Any:
+    """Return a temporary file with these lines, whose name ends in `name`; it is deleted when it is
+    closed."""
+    file = tempfile.NamedTemporaryFile(suffix=f"-{name}")  # noqa: SIM115
     file.writelines(lines)
     file.flush()
     return file
@@ -325,23 +328,23 @@ def read_rows(source: Source, config: TextConfig) -> Iterator[str]:
 
 
 def json_rows(source: Source, column: str) -> Iterator[Any]:
-    """Yield the values of JSON Lines or of a JSON array."""
-    number = 0
+    """Yield the values of JSON Lines, or of an array over any number of lines."""
     decode = json.JSONDecoder(parse_int=float).decode  # int() takes at most 4,300 digits
     with open_text(source) as file:
-        try:
-            first = file.buffer.peek(1)  # type: ignore[attr-defined]
-            if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                yield from decode(file.read())
-                return
-            for text in file:
-                number += 1
-                yield {column: None} if text.isspace() else decode(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            line, reason = number or getattr(error, "lineno", 1), getattr(error, "msg", error)
-            raise UserError(f"{source.path}, line {line}: broken JSON ({reason}): expected "
-                            f'objects such as {{"{column}": "…"}}, one per line or in an array'
-                            ) from None
+        for number, text in enumerate(file):
+            try:
+                try:
+                    value = {column: None} if text.isspace() else decode(text)
+                except json.JSONDecodeError:
+                    if number > 0:
+                        raise
+                    value = decode(text + file.read())
+            except (json.JSONDecodeError, RecursionError) as error:
+                line = number + 1 if number else getattr(error, "lineno", 1)
+                raise UserError(f"{source.path}, line {line}: broken JSON "
+                                f"({getattr(error, 'msg', error)}): expected objects such as "
+                                f'{{"{column}": "…"}}, one per line or in an array') from None
+            yield from value if isinstance(value, list) else [value]
 
 
 def csv_rows(source: Source) -> Iterator[dict]:

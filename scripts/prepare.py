@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shlex
 import threading
 import time
@@ -82,7 +83,7 @@ def main(config: PrepareConfig) -> None:
     shard = stat_shard(find_shards(config.out, split)[0])
     tokens = read_tokens(shard, 0, min(shard.length, 50), tokenizer.n_vocab)
     text = tokenizer.decode(tokens[1:].tolist(), errors="ignore").strip()
-    first_line, *_ = text.split("\n")
+    first_line, *_ = re.split(r"\n|<\|endoftext\|>", text)
     print(f"the {split} text begins: {first_line}")
     small = "" if tokenizer.name == "gpt2" else "--config configs/laptop.yaml "
     print(f"train on it: python -m scripts.train {small}--data_root {shlex.quote(config.out)}")

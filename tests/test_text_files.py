@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -23,7 +25,7 @@ from gpt import text_files
 from gpt.errors import UserError
 from gpt.text_files import TextConfig, assign_split, cut_chunks, find_sources, read_batches
 from gpt.tokenizer import Tokenizer
-from tests.conftest import TEXT, run
+from tests.conftest import ROOT, TEXT, run
 
 SPEECHES = [speech for speech in TEXT.read_text().split("\n\n") if speech.strip()]
 STRANGE = ["NA", "null", "1234", "a\r\nb\r", "  two spaces  ", "naïve 東京 🙂", "\ufeffmark",
@@ -85,7 +87,7 @@ HUGE_NUMBER = b'{"text": "one", "id": ' + b"9" * 5000 + b"}\n"
     ("a.jsonl", jsonl(TEXTS)),
     ("a.NDJSON", b"\xef\xbb\xbf" + jsonl(TEXTS)),
     ("a.jsonlines", "\n\n".join(map(json.dumps, MIXED)).encode()),
-    ("a.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=2).encode()),
+    ("a.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).encode()),
     ("lines.json", jsonl(TEXTS)),
     ("a.csv", table(TEXTS, ",")),
     ("a.tsv", table(TEXTS, "\t")),
@@ -119,15 +121,19 @@ def test_folders_are_read_once_without_hidden_files_and_descriptions(tmp_path):
     assert read(tmp_path / "saved", val_fraction=0)["train"] == SPEECHES[:9]
 
 
-def test_standard_input_and_pipes(tmp_path, monkeypatch):
-    """They are read twice, to find the part for validation."""
-    text = TEXT.read_text()
-    os.mkfifo(tmp_path / "pipe")
-    if not os.fork():
-        (tmp_path / "pipe").write_text(text)
-        os._exit(0)
-    documents = read(tmp_path / "pipe")
-    assert "".join(documents["train"] + documents["val"]) == text and documents["val"]
+def test_standard_input_and_pipes(tmp_path):
+    """They can be read only once, but the part for validation is known at the end."""
+    rows = write(tmp_path / "rows", jsonl(SPEECHES[:20]))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    line = (f"cat {rows} > {tmp_path}/pipe.jsonl & cat {TEXT} | "
+            f"{sys.executable} -m scripts.prepare --input - {tmp_path}/pipe.jsonl "
+            f"--out {tmp_path}/out --val_fraction 0.2")
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = {split: GPT2.decode(np.load(tmp_path / "out" / f"{split}_00000.npy"))
+             .split("<|endoftext|>")[1:] for split in ("train", "val")}
+    assert texts["train"][0] + texts["val"][0] == TEXT.read_text()
+    assert sorted(texts["train"][1:] + texts["val"][1:]) == sorted(SPEECHES[:20])
 
 
 @pytest.mark.parametrize("text", ["one line without an end", "a\nb", "\n" * 50 + "x" * 50,
@@ -216,6 +222,8 @@ def archive(kind: str) -> bytes:
     ("a.json", b'[{"text": "one"}\n', "a.json, line 2: broken JSON"),
     ("a.jsonl", b'{"text": "one"}\n{"text": \n', "a.jsonl, line 2: broken JSON"),
     ("chat.json", b'[{"author": 1, "content": "one"}]', "row 1 .*columns are: author, content"),
+    ("export.json", json.dumps({"name": "chat", "messages": []}, indent=1).encode(),
+     "row 1 .*columns are: name, messages"),
     ("numbers.jsonl", b'{"text": 12}\n[1]\n', "row 1 has no text"),
     ("a.csv", b"id,text\n1,Hello, world\n", "line 2: broken table .expected 2 cells"),
     ("quote.csv", b'id,text\n1,"Hello\n', "broken table .unexpected end of data"),
@@ -224,6 +232,7 @@ def archive(kind: str) -> bytes:
     ("long.parquet", parquet(["x" * 2000]), "row 1 has 2,000 characters, more than 1,000"),
     ("missing.t*t", None, "matches no files: pass files, folders or a pattern in quotes"),
     ("src/a.py", b"pass", "src' has no .txt, .md,.*/src/.*py'"),
+    ("edu/edufineweb_train_000001.npy", b"\x93NUMPY", "holds token ids.*--data_root"),
 ])
 def test_what_is_not_text_is_named(tmp_path, monkeypatch, name, content, said):
     monkeypatch.setattr(text_files, "MAX_ROW", 1000)
@@ -231,7 +240,7 @@ def test_what_is_not_text_is_named(tmp_path, monkeypatch, name, content, said):
     if content is not None:
         write(path, content)
     with pytest.raises(UserError, match=said):
-        read(path.parent if path.suffix == ".py" else path)
+        read(path.parent if "/" in name else path)
 
 
 def test_one_huge_number_does_not_stop_a_file(tmp_path):
