@@ -10,16 +10,18 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from gpt import pretrained
+from gpt.config import GPTConfig
 from gpt.distributed import Ranks
 from gpt.errors import UserError
-from gpt.files import load_pt, save_pt
+from gpt.files import load_pt, read_metrics, save_pt
 from gpt.model import GPT
 from gpt.optim import state_shapes
 from gpt.tokenizer import Tokenizer
@@ -37,7 +39,7 @@ KEYS = {"model": dict, "config": dict, "step": int, "tokenizer": str | None,
 class CheckpointConfig:
     """Settings of all commands that use a trained model."""
 
-    # model_<step>.pt, Hugging Face folder or model name; default: newest in log_dir
+    # model_<step>.pt, run folder, Hugging Face folder or name; default: newest in log_dir
     checkpoint: str | None = None
     log_dir: str = "log"  # run folder; its newest checkpoint is used by default
 
@@ -155,14 +157,17 @@ def parse_step(path: Path) -> int:
 
 
 def load_checkpoint(source: str | Path) -> dict:
-    """Return a checkpoint on the CPU: a `model_<step>.pt`, or a folder or model name in Hugging
-    Face's format (gpt/pretrained.py).
+    """Return a checkpoint on the CPU: a `model_<step>.pt`, the newest one in a run's folder, a
+    checkpoint of nanoGPT or build-nanogpt, or a folder or model name in Hugging Face's format
+    (gpt/pretrained.py).
 
     Raises UserError if it is missing or damaged, or if its config and weights do not match.
     """
     path = Path(source)
-    if path.is_file() or path.suffix == ".pt":
-        checkpoint = load_pt(path)
+    if path.is_dir() and (latest := load_latest(path, print_to_stderr)):
+        return latest.model
+    if path.is_file() and path.suffix != ".safetensors" or path.suffix == ".pt":
+        checkpoint = convert_nanogpt(load_pt(path))
     else:
         checkpoint = pretrained.load_pretrained(source)
     found = ", ".join(map(str, list(checkpoint)[:8]))
@@ -176,6 +181,33 @@ def load_checkpoint(source: str | Path) -> dict:
     except UserError as error:
         raise UserError(f"checkpoint {source}: {error}") from None
     return checkpoint
+
+
+def convert_nanogpt(checkpoint: dict) -> dict:
+    """Return a checkpoint of nanoGPT or build-nanogpt as one of ours; any other as it is.
+
+    nanoGPT's models compute the exact GELU instead of its tanh approximation: logits differ in the
+    third decimal. Without biases, as nanoGPT trains by default, ours are zero.
+    """
+    config: Any = checkpoint.get("model_args", checkpoint.get("config"))
+    if isinstance(config, SimpleNamespace):  # build-nanogpt's GPTConfig, see `gpt.files.load_pt`
+        config = vars(config)
+    elif "model_args" not in checkpoint:
+        return checkpoint
+    weights = {}
+    for name, weight in checkpoint["model"].items():
+        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        if name != "lm_head.weight" and not name.endswith(".attn.bias"):  # causal masks
+            weights[name] = weight
+    for name in [*weights]:
+        if name.endswith(".weight") and name not in ("wte.weight", "wpe.weight"):
+            bias = name.replace("weight", "bias")
+            weights.setdefault(bias, torch.zeros(len(weights[name])))
+    names = {each.name for each in fields(GPTConfig)}
+    config = {name: value for name, value in config.items() if name in names}
+    has_gpt2_tokens = config["vocab_size"] in (50257, 50304)  # padded to a multiple of 64
+    return {"model": weights, "config": config, "tokenizer": "gpt2" if has_gpt2_tokens else None,
+            "step": int(checkpoint.get("iter_num", checkpoint.get("step", 0)))}
 
 
 def load_latest(log_dir: str | Path, print_fn: Callable[[str], None],
@@ -279,18 +311,31 @@ def assert_same_data(latest: Checkpoint, data: dict[str, str], data_root: str) -
 
 
 def find_checkpoint(config: CheckpointConfig, verbose: bool = True) -> tuple[str, dict]:
-    """Return the name and content of the checkpoint to use; print its name to standard error."""
+    """Return the name and content of the checkpoint to use; print its name to standard error, and
+    whether model_best.pt has a lower validation loss."""
     if config.checkpoint is not None:
         source, checkpoint = config.checkpoint, load_checkpoint(config.checkpoint)
-    elif latest := load_latest(config.log_dir, lambda text: print(text, file=sys.stderr)):
+    elif latest := load_latest(config.log_dir, print_to_stderr):
         source, checkpoint = str(latest.path), latest.model
     else:
         raise UserError(f"no checkpoint in log_dir {config.log_dir!r}: train one with `python -m "
                         f"scripts.train`, or pass --checkpoint")
     if verbose:
         step = f": step {checkpoint['step']}" if checkpoint["step"] else ""
-        print(f"{source}{step}", file=sys.stderr)
+        print_to_stderr(f"{source}{step}")
+        best = Path(config.log_dir) / "model_best.pt"
+        if config.checkpoint is None and best.exists():
+            losses = [(record["loss"], record["step"]) for record
+                      in read_metrics(best.with_name("metrics.jsonl")) if record["split"] == "val"]
+            loss, step = min(losses, default=(0, checkpoint["step"]))
+            if step < checkpoint["step"]:
+                print_to_stderr(f"{best}: step {step} had a lower validation loss, {loss:.4f}")
     return source, checkpoint
+
+
+def print_to_stderr(text: str) -> None:
+    """Print to standard error."""
+    print(text, file=sys.stderr)
 
 
 def load_model(config: CheckpointConfig, device: torch.device,

@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -123,7 +124,9 @@ def load_pt(path: Path) -> dict:
             damaged = unusual[0] if unusual else archive.testzip()
         if damaged:
             raise ValueError(f"bad entry {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # build-nanogpt stores its config as an object: a harmless class takes its place.
+        with torch.serialization.safe_globals([(SimpleNamespace, "__main__.GPTConfig")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
     except Exception as error:  # a truncated or malicious file can raise anything

@@ -37,6 +37,8 @@ def main(config: ExportConfig) -> None:
         save_pretrained(checkpoint, tmp_dir)
         (tmp_dir / "README.md").write_text(card, encoding="utf-8", errors="replace")
         os.replace(tmp_dir, out)
+    except Exception as error:  # the disk, in the words of safetensors or tokenizers
+        raise UserError(f"cannot write --out {config.out} ({error})") from None
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
     if not checkpoint.get("tokenizer"):

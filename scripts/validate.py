@@ -4,14 +4,16 @@ python -m scripts.validate --model gpt2 --prompt "Hi" """
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
 from gpt.checkpoint import load_checkpoint
 from gpt.errors import UserError
 from gpt.generation import generate
 from gpt.model import GPT
-from gpt.pretrained import resolve_model_dir, save_pretrained
+from gpt.pretrained import load_hf_model, save_pretrained
 from gpt.tokenizer import Tokenizer
 from scripts import cli
 
@@ -22,7 +24,8 @@ TOLERANCE = 1e-4  # of logits in float32
 class ValidateConfig:
     """Settings of scripts.validate."""
 
-    model: str  # model_<step>.pt, Hugging Face folder or model name
+    # model_<step>.pt, run folder, Hugging Face folder or model name
+    model: Annotated[str, tyro.conf.arg(aliases=["--checkpoint"])]
     prompt: str = "Hello world"  # text to continue with both models
     max_new_tokens: int = 20  # new tokens per greedy continuation
     top: int = 5  # most likely next tokens to print
@@ -42,16 +45,15 @@ def main(config: ValidateConfig) -> int:
     if not 0 < len(prompt) < block_size or max(prompt) >= vocab_size:
         raise UserError(f"--prompt has {len(prompt)} tokens: pass 1 or more, fewer than block_size "
                         f"{block_size}, with ids below vocab_size {vocab_size}")
-    from transformers import GenerationConfig, GPT2LMHeadModel, logging  # takes seconds
+    from transformers import GenerationConfig  # takes seconds
 
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as tmp_dir:
-        folder = Path(tmp_dir)
-        if Path(config.model).is_file():
-            save_pretrained({**checkpoint, "model": model.state_dict()}, folder)
-        else:
-            folder = resolve_model_dir(config.model)
-        hf_model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    if Path(config.model).is_file() or any(Path(config.model).glob("model_*.pt")):
+        with tempfile.TemporaryDirectory() as folder:
+            exported = {**checkpoint, "model": model.state_dict(), "tokenizer": None}
+            save_pretrained(exported, Path(folder))
+            hf_model, _ = load_hf_model(folder)
+    else:
+        hf_model, _ = load_hf_model(config.model)
     # Plain greedy decoding, whatever the folder says.
     hf_model.generation_config = GenerationConfig()
     idx = torch.tensor([prompt])  # (1, T)
