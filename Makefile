@@ -1,15 +1,24 @@
-# make train · make test · make lint: each creates .venv if it is missing or older than the requirements.
-#   make train CONFIG=configs/shakespeare.yaml   instead of configs/laptop.yaml
+# make train       install, prepare tiny Shakespeare, train, generate a sample, plot
+# make test        install, run the tests
+# make test-slow   the tests that take minutes
+# make lint        ruff and mypy
+# make gpu-check   measure a GPU for ten minutes
+#
+#   make train CONFIG=configs/shakespeare.yaml   another config
 #   make train PYTHON=python3.12                 instead of python3 for creating .venv
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-CONFIG ?= configs/laptop.yaml
+GPU := $(shell command -v nvidia-smi)
+CONFIG ?= $(if $(GPU),configs/shakespeare_gpu.yaml,configs/laptop.yaml)
 LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG)),log)
 
-.PHONY: train test test-slow gpu-check lint
+help:
+	@sed -n '1,/^$$/s/^# *//p' Makefile
+
+.PHONY: help train test test-slow gpu-check lint
 
 train: $(VENV)/ready
 	$(RUN) prepare_shakespeare.py
@@ -23,7 +32,7 @@ test: $(VENV)/ready-dev
 test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -m slow
 
-# Ten minutes on a GPU. Without .venv: python3 -m benchmarks.gpu_check
+# Without .venv: python3 -m benchmarks.gpu_check
 gpu-check: $(VENV)/ready-dev
 	$(RUN) -m benchmarks.gpu_check
 
@@ -31,11 +40,11 @@ lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "error: $(PYTHON) is older than Python 3.11: pass a newer one, such as PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -r requirements.txt
+	$(RUN) -m pip install -e .
 	@touch $@
 
 $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready

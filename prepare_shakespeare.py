@@ -57,7 +57,7 @@ def main(config: PrepareConfig) -> None:
     n_train = int((1 - config.val_fraction) * len(ids))
     settings = {"inputs": hashlib.sha256(text.encode()).hexdigest(),
                 "val_fraction": config.val_fraction}
-    # errors="ignore": cuts a character.
+    # errors="ignore": the cut can be inside a character.
     train = gpt2.decode(ids[:n_train], errors="ignore")
     val = gpt2.decode(ids[n_train:], errors="ignore")
     if not train or not val:
@@ -90,7 +90,7 @@ def write_dataset(folder: Path, tokenizer: Tokenizer, train: list[int], val: lis
 
 def read_text(path: str) -> str:
     """Return the text of a file, as `scripts.prepare` reads it."""
-    config = TextConfig(input=[path], val_fraction=0)
+    config = TextConfig(input=[path], val_fraction=0, join_rows=True)
     batches = read_batches(find_sources(config), config)
     return "".join(text for batch in batches for _, _, text in batch)
 

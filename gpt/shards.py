@@ -82,8 +82,8 @@ class ShardWriter:
         self.saved["tokens"] += self.n_pending - len(rest)
         self.saved["documents"] = self.n_documents - self.count_documents(rest)
         self.n_pending = len(rest)
-        # A document in several shards is not entered before its end: to resume is to write all of
-        # it again.
+        # meta.json counts whole documents: after an interruption, one that is cut here is written
+        # again.
         if not len(rest) or rest[0] == self.end_of_text:
             self.meta["splits"][self.split] = dict(self.saved)
             write_meta(self.data_root, self.meta)
@@ -97,19 +97,19 @@ class ShardWriter:
 @contextlib.contextmanager
 def dataset_folder(data_root: str | Path, tokenizer: Tokenizer, settings: dict[str, Any],
                    source: str) -> Iterator[dict[str, Any]]:
-    """Lock the folder of a dataset and yield its meta.json, in which the block enters the shards it
-    has written as "splits".
+    """Lock the folder of a dataset and yield its meta.json. The block adds "splits".
 
-    "complete" is false, and "command" finishes the dataset, until the block has ended; it is true
-    from the start if the dataset exists, with the same `settings`. A block that raises before the
-    first shard leaves no files. Raises UserError if the folder holds other data or another process
-    is writing to it.
+    "complete" is false until the block ends; it is true from the start if the dataset exists, with
+    the same `settings`. "command" finishes the dataset. A block that raises before the first shard
+    leaves no files. Raises UserError if the folder holds other data or another process is writing
+    to it.
     """
     root = Path(data_root)
     with run_lock(root, "out"):
         meta = read_meta(root, allow_incomplete=True)
         before = meta.get("settings", {})
-        if before != settings and (meta or any(root.glob("*.npy"))):
+        has_files = any(root.glob("*.npy")) or (root / "tokenizer.tiktoken").exists()
+        if before != settings and (meta or has_files):
             changed = [f"--{name} was {value}" for name, value in before.items()
                        if name in settings and settings[name] != value and name != "inputs"]
             raise UserError(f"--out {root} holds other data "

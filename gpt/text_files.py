@@ -25,20 +25,18 @@ from tqdm import tqdm
 
 from gpt.errors import UserError
 
+STDIN = "/dev/stdin"
 TEXT = (".txt", ".md")
 JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")
 TABLES = (*JSON, ".csv", ".tsv", ".parquet", ".arrow")
-# Files beside the tables of a dataset: a description, and what `datasets` writes.
-NOT_TEXT = ("readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
+# JSON files that describe a dataset: ours, and what `datasets` writes.
+METADATA = ("meta.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
             "state.json")
 TOKENS = {
     ".npy": "holds token ids, not text: pass its folder to scripts.train as --data_root",
     ".bin": "holds token ids of nanoGPT, not text: np.save('tokens/train_00000.npy', "
             "np.fromfile('train.bin', 'uint16')) makes it a shard for --data_root tokens"}
-COMPRESSED = re.compile(r"\.(gz|zst|bz2|lz4)$")
-ARCHIVE_MARKS = (b"PK\3\4", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf",
-                 b"Rar!")
-LATIN1_TEXT = re.compile(rb"[\t\n\f\r -~\xa0-\xff]*")
+COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 READ_SIZE = 2**20  # characters per read and per batch
 MAX_ROW = 2**25  # characters; longer rows are an error, to limit memory
 
@@ -77,7 +75,7 @@ class Source:
     """A file, or a split of a dataset on the Hub."""
 
     path: str  # or the name on the Hub
-    size: int = 0  # bytes of text; 0 if unknown
+    size: int = 0  # bytes on disk, for the progress bar
     version: str = ""  # changes when the file does
     split: str | None = None  # "train" or "val" for all of its text; None: depends on the document
     hub_split: str | None = None  # split of a dataset on the Hub
@@ -107,7 +105,7 @@ def find_sources(config: TextConfig, split: str | None = None) -> list[Source]:
     sources = []
     for path in paths.values():
         source = Source(path, split=split)
-        if not os.path.isfile(path):  # a pipe, which can be read only once
+        if path == STDIN or not os.path.isfile(path):  # a pipe can be read only once
             with open(path, "rb") as pipe:
                 source.copy = temporary_copy(pipe, name=os.path.basename(path))
             source.path = source.copy.name
@@ -123,16 +121,18 @@ def find_files(entry: str) -> list[str]:
 
     Raises UserError if there are none.
     """
-    entry = "/dev/stdin" if entry == "-" else entry
+    entry = STDIN if entry == "-" else entry
     if os.path.isdir(entry):
         # rglob does not enter links to folders, which may form a circle.
         files = [str(path) for path in sorted(Path(entry).rglob("*")) if path.is_file()
                  and not any(part.startswith(".") for part in path.relative_to(entry).parts)]
         tokens = [path for path in files if extension(path) in TOKENS]
-        files = [path for path in files if extension(path) in TEXT + TABLES]
-        if any(extension(path) in TABLES for path in files):
-            files = [path for path in files if os.path.basename(path).lower() not in NOT_TEXT]
-        files = files or tokens  # which open_text names
+        files = [path for path in files if extension(path) in TEXT + TABLES
+                 and not re.match(r"cache-.*\.arrow", os.path.basename(path))
+                 and os.path.basename(path) not in METADATA]
+        if any(extension(path) in TABLES for path in files):  # their README describes them
+            files = [path for path in files if os.path.basename(path).lower() != "readme.md"]
+        files = files or tokens  # open_text says what they are
         problem = (f"has no {', '.join(TEXT + TABLES)} files: pass others with a pattern in "
                    f"quotes, such as '{entry}/**/*.py'")
     else:
@@ -155,7 +155,8 @@ def temporary_copy(lines: Iterable[bytes], name: str = "") -> Any:
 
 def extension(path: str) -> str:
     """Return the lower-case extension of a path, without that of a compression."""
-    return os.path.splitext(COMPRESSED.sub("", path.lower()))[1]
+    stem, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSION else suffix
 
 
 def read_batches(sources: list[Source], config: TextConfig) -> Iterator[list[Chunk]]:
@@ -167,8 +168,7 @@ def read_batches(sources: list[Source], config: TextConfig) -> Iterator[list[Chu
     """
     batch: list[Chunk] = []
     n_chars = 0
-    is_known = all(source.size for source in sources)
-    total = sum(source.size for source in sources) if is_known else None
+    total = sum(source.size for source in sources) or None
     with tqdm(total=total, unit=" characters", unit_scale=True, disable=None) as bar:
         for source in sources:
             for chunk in read_chunks(source, config):
@@ -194,9 +194,8 @@ def read_chunks(source: Source, config: TextConfig) -> Iterator[Chunk]:
         raise
     except UnicodeDecodeError as error:
         near = error.object[max(error.start - 20, 0):error.end + 20]
-        encoding = "LATIN1" if LATIN1_TEXT.fullmatch(error.object) else "its encoding"
-        raise UserError(f"{source.path} is not UTF-8 (near {near!r}): if it is text, convert it, "
-                        f"for example with iconv -f {encoding} -t UTF-8") from None
+        raise UserError(f"{source.path} is not UTF-8 (near {near!r}): convert it, for example with "
+                        f"iconv -f WINDOWS-1252 -t UTF-8") from None
     except Exception as error:  # a damaged file, the disk or the network, from any of the readers
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         advice = ": check its name, the split and the network" if source.hub_split else ""
@@ -276,17 +275,13 @@ def split_documents(blocks: Iterator[str], separator: str) -> Iterator[str]:
 def open_text(source: Source) -> TextIO:
     """Open a UTF-8 file, plain or compressed, without its byte order mark
     and with line endings unchanged. Raises UserError if it is not text."""
-    stream = pa.input_stream(source.path, "detect", READ_SIZE)
+    compression = COMPRESSION.get(os.path.splitext(source.path.lower())[1])
+    stream = pa.input_stream(source.path, compression, READ_SIZE)
     buffer = io.BufferedReader(stream, READ_SIZE)
-    begin = buffer.peek(1)
-    problem = None
-    if extension(source.path) in TOKENS:
-        problem = TOKENS[extension(source.path)]
-    elif begin.startswith(ARCHIVE_MARKS) or begin[257:262] == b"ustar":
-        problem = "is an archive: unpack it, and pass the text in it"
-    elif b"\0" in begin:
-        problem = ("has NUL bytes: convert UTF-16 with iconv -f UTF-16 -t UTF-8; other files with "
-                   "NUL bytes are not text")
+    problem = TOKENS.get(extension(source.path))
+    if not problem and b"\0" in buffer.peek(1):
+        problem = ("is not plain text: unpack an archive; convert UTF-16 with iconv -f UTF-16 -t "
+                   "UTF-8")
     if problem:
         raise UserError(f"{source.path} {problem}")
     return io.TextIOWrapper(buffer, encoding="utf-8-sig", newline="")
@@ -305,22 +300,23 @@ def read_rows(source: Source, config: TextConfig) -> Iterator[str]:
     Raises UserError with file and row if a row has no text.
     """
     column = config.text_column
-    if extension(source.path) in JSON:
+    if source.hub_split or extension(source.path) in (".parquet", ".arrow"):
+        rows = arrow_rows(source, config)
+    elif extension(source.path) in JSON:
         rows = json_rows(source, column)
-    elif extension(source.path) in (".csv", ".tsv"):
-        rows = csv_rows(source)
     else:
-        rows = dataset_rows(source, config)
+        rows = csv_rows(source)
     for number, row in enumerate(rows, 1):
         columns = row if isinstance(row, dict) else {}
-        text = columns.get(column, row)
+        text = columns.get(column, row)  # a row can be a string
         if text is None:
             continue
         where = f"{source.path}, row {number}"
         if not isinstance(text, str):
+            found = type(text).__name__ if column in columns else "nothing"
             names = ", ".join(map(str, list(columns)[:20])) or "none"
-            raise UserError(f"{where} has no text in column {column!r}: pass --text_column with "
-                            f"another name, its columns are: {names}")
+            raise UserError(f"{where} has {found} in column {column!r}, expected text: pass "
+                            f"another --text_column, its columns are: {names}")
         if len(text) > MAX_ROW:
             raise UserError(f"{where} has {len(text):,} characters, more than {MAX_ROW:,}: pass "
                             f"long texts as files")
@@ -330,20 +326,25 @@ def read_rows(source: Source, config: TextConfig) -> Iterator[str]:
 def json_rows(source: Source, column: str) -> Iterator[Any]:
     """Yield the values of JSON Lines, or of an array over any number of lines."""
     decode = json.JSONDecoder(parse_int=float).decode  # int() takes at most 4,300 digits
+    is_first = True
     with open_text(source) as file:
-        for number, text in enumerate(file):
+        for number, text in enumerate(file, 1):
+            if text.isspace():
+                yield {column: None}
+                continue
             try:
                 try:
-                    value = {column: None} if text.isspace() else decode(text)
+                    value = decode(text)
                 except json.JSONDecodeError:
-                    if number > 0:
+                    if not is_first:
                         raise
                     value = decode(text + file.read())
             except (json.JSONDecodeError, RecursionError) as error:
-                line = number + 1 if number else getattr(error, "lineno", 1)
+                line = number - 1 + getattr(error, "lineno", 1) if is_first else number
                 raise UserError(f"{source.path}, line {line}: broken JSON "
                                 f"({getattr(error, 'msg', error)}): expected objects such as "
                                 f'{{"{column}": "…"}}, one per line or in an array') from None
+            is_first = False
             yield from value if isinstance(value, list) else [value]
 
 
@@ -359,25 +360,34 @@ def csv_rows(source: Source) -> Iterator[dict]:
                     raise csv.Error(f"expected {len(rows.fieldnames or [])} cells")
                 yield row
         except csv.Error as error:
-            raise UserError(f"{source.path}, line {rows.line_num}: broken table ({error}): check "
-                            f"for a missing quotation mark") from None
+            raise UserError(f"{source.path}, near line {rows.line_num}: broken table ({error}): "
+                            f"check for a missing quotation mark") from None
 
 
-def dataset_rows(source: Source, config: TextConfig) -> Iterator[dict]:
+def arrow_rows(source: Source, config: TextConfig) -> Iterator[dict]:
     """Yield the rows of a Parquet or Arrow file or a Hub dataset, with only the text column if it
     exists."""
     column = config.text_column
-    if extension(source.path) == ".parquet":
-        tables = pq.ParquetFile(source.path, pre_buffer=False).iter_batches(100)
-    else:
-        import datasets  # takes half a second
-
-        name, options = source.path, {"split": source.hub_split, "revision": config.revision}
-        if not source.hub_split:
-            name, options = "arrow", {"split": "train", "data_files": source.path}
-        dataset = datasets.load_dataset(name, config.dataset_config, streaming=True, **options)
-        tables = dataset.with_format("arrow").iter(batch_size=100)
-    for table in tables:
-        if column in table.column_names:
+    for table in arrow_tables(source, config):
+        if column in table.schema.names:
             table = table.select([column])
         yield from table.to_pylist()
+
+
+def arrow_tables(source: Source, config: TextConfig) -> Iterator[Any]:
+    """Yield a Parquet or Arrow file or a Hub dataset in batches of rows."""
+    if source.hub_split:
+        import datasets  # takes half a second
+
+        dataset = datasets.load_dataset(source.path, config.dataset_config, streaming=True,
+                                        split=source.hub_split, revision=config.revision)
+        yield from dataset.with_format("arrow").iter(batch_size=100)
+    elif extension(source.path) == ".parquet":
+        yield from pq.ParquetFile(source.path, pre_buffer=False).iter_batches(100)
+    else:
+        with pa.memory_map(source.path) as file:
+            try:
+                yield from pa.ipc.open_stream(file)
+            except pa.ArrowInvalid:  # the other of the two formats
+                reader = pa.ipc.open_file(file)
+                yield from map(reader.get_batch, range(reader.num_record_batches))

@@ -2,13 +2,8 @@
 or torchrun … scripts/eval_hellaswag.py"""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-# Run as `torchrun scripts/eval_hellaswag.py`: imports start at the repository's root.
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -26,7 +21,7 @@ from scripts import cli
 class HellaSwagConfig(CheckpointConfig):
     """Settings of scripts.eval_hellaswag; hellaswag.json is written to log_dir."""
 
-    data: str | None = None  # HellaSwag .jsonl file; unset: download from HF hub
+    data: str | None = None  # HellaSwag .jsonl file; default: download from the Hub
     limit: int = 0  # evaluate the first N examples; 0: all 10,042
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: Precision = "auto"  # autocast dtype; auto: bf16 or fp16 if native, else float32

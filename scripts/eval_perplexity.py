@@ -24,7 +24,7 @@ from scripts import cli
 class PerplexityConfig(CheckpointConfig):
     """Settings of scripts.eval_perplexity."""
 
-    data: str  # folder with val_*.npy, or text as for scripts.prepare: files, -
+    data: str  # folder with val_*.npy, or a text file, folder or pattern; -: standard input
     stride: int = 0  # tokens between sliding windows; 0: half the context
     batch_size: int = 4  # sliding windows per forward pass; lower if out of memory
     device: str = "auto"  # auto, cuda, mps or cpu

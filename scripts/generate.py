@@ -1,13 +1,14 @@
 """Generate text with a trained model: python -m scripts.generate --prompt "Once upon a time"
 
-Without --prompt it asks for prompts on a terminal; prompt k (from 0) uses seed + k,
-so sessions are reproducible.
-In a pipe, the prompt is then a newline. <|endoftext|> in a prompt is the special token.
+Without --prompt it asks for prompts on a terminal, and reads one a line from a pipe; prompt k (from
+0) uses seed + k. Texts are separated by a line <|endoftext|>; in a prompt it is the special token.
 """
 
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +19,7 @@ from gpt.device import select_device, select_precision
 from gpt.errors import UserError
 from gpt.generation import prepare_for_inference, stream_text
 from gpt.model import GPT
-from gpt.tokenizer import Tokenizer
+from gpt.tokenizer import END_OF_TEXT, Tokenizer
 from scripts import cli
 
 
@@ -26,7 +27,7 @@ from scripts import cli
 class GenerateConfig(CheckpointConfig):
     """Settings of scripts.generate."""
 
-    prompt: str = "\n"  # text to continue; a newline: ask for prompts if on a terminal
+    prompt: str = "\n"  # text to continue; a newline: ask for prompts, or read a pipe
     max_new_tokens: int = 200  # new tokens per sample
     num_samples: int = 1  # samples per prompt
     temperature: float = 0.8  # sampling temperature; 0: greedy, higher: more random
@@ -45,42 +46,61 @@ def main(config: GenerateConfig) -> None:
         dtype = "bfloat16" if select_precision("auto", device) == "bf16" else "float32"
     _, model, tokenizer = load_model(config, device)
     prepare_for_inference(model, getattr(torch, dtype))
-    # the default is not None, because tyro parses the prompt `None` as None
-    is_interactive = config.prompt == GenerateConfig.prompt and os.isatty(0) and os.isatty(1)
-    (run_interactive if is_interactive else print_samples)(config, model, tokenizer)
+    # The default is not None, because tyro parses the prompt `None` as None.
+    prompts = [config.prompt]
+    if config.prompt == GenerateConfig.prompt:
+        # An invalid byte in a prompt must not end the session.
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if os.isatty(0) and os.isatty(1):
+            return run_interactive(config, model, tokenizer)
+        if not os.isatty(0):
+            prompts = [line.rstrip("\n") or "\n" for line in sys.stdin] or prompts
+    for k, prompt in enumerate(prompts):
+        if k > 0:
+            print(END_OF_TEXT)
+        print_samples(replace(config, prompt=prompt, seed=config.seed + k), model, tokenizer)
 
 
 def run_interactive(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
     """Ask for prompts and continue each until Ctrl-D; an empty prompt is a newline."""
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401  # gives input() line editing and history
-    # An invalid byte must not end the session.
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     print("type a prompt, or Enter for none; Ctrl-C stops a sample, Ctrl-D exits", file=sys.stderr)
     seed = config.seed
+    interrupts: list[int] = []
     while True:
         try:
             turn_config = replace(config, prompt=input("> ") or "\n", seed=seed)
             seed += 1
-            print_samples(turn_config, model, tokenizer)
+            interrupts.clear()
+            # Not KeyboardInterrupt, which can get lost inside a library's call.
+            signal.signal(signal.SIGINT, lambda signum, frame: interrupts.append(signum))
+            print_samples(turn_config, model, tokenizer, stopped=lambda: bool(interrupts))
         except UserError as error:
             cli.print_error(str(error))
-        except KeyboardInterrupt:  # ends only the current sample or input line
+        except KeyboardInterrupt:  # ends the input line
             print()
         except EOFError:
             print()  # the shell's prompt gets its own line
             return
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def print_samples(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> None:
-    """Print `num_samples` continuations of the prompt; the first one is streamed."""
+def print_samples(config: GenerateConfig, model: GPT, tokenizer: Tokenizer,
+                  stopped: Callable[[], bool] = lambda: False) -> None:
+    """Print `num_samples` continuations of the prompt, of which the first one is streamed, until
+    `stopped`, called after each token, is true."""
     later_samples = []
     for pieces in stream_text(model, tokenizer, [config.prompt] * config.num_samples,
                               config.max_new_tokens, temperature=config.temperature,
                               top_k=config.top_k, top_p=config.top_p, seed=config.seed):
         print(pieces[0], end="", flush=True)
         later_samples.append(pieces[1:])
-    print("".join("\n---\n" + "".join(pieces) for pieces in zip(*later_samples, strict=True)))
+        if stopped():
+            break
+    texts = map("".join, zip(*later_samples, strict=True))
+    print("".join(f"\n{END_OF_TEXT}\n{text}" for text in texts))
 
 
 def check_config(config: GenerateConfig) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import shlex
 import threading
 import time
@@ -24,7 +23,7 @@ from gpt.shards import (
     token_dtype,
 )
 from gpt.text_files import Chunk, Source, TextConfig, find_sources, read_batches
-from gpt.tokenizer import Tokenizer
+from gpt.tokenizer import END_OF_TEXT, Tokenizer
 from scripts import cli
 
 SPLITS = ("train", "val")
@@ -35,7 +34,7 @@ class PrepareConfig(TextConfig):
     """Settings of scripts.prepare."""
 
     val_input: list[str] = field(default_factory=list)  # validation files; --input is for training
-    val_split: str | None = None  # validation split of --dataset; unset: use --val_fraction
+    val_split: str | None = None  # validation split of --dataset; default: use --val_fraction
     tokenizer: str = "gpt2"  # gpt2, or a folder written by scripts.train_tokenizer
     out: str = "data"  # output folder
     shard_size: int = 100_000_000  # maximum tokens per shard
@@ -83,7 +82,7 @@ def main(config: PrepareConfig) -> None:
     shard = stat_shard(find_shards(config.out, split)[0])
     tokens = read_tokens(shard, 0, min(shard.length, 50), tokenizer.n_vocab)
     text = tokenizer.decode(tokens[1:].tolist(), errors="ignore").strip()
-    first_line, *_ = re.split(r"\n|<\|endoftext\|>", text)
+    first_line, *_ = text.replace(END_OF_TEXT, "\n").split("\n")
     print(f"the {split} text begins: {first_line}")
     small = "" if tokenizer.name == "gpt2" else "--config configs/laptop.yaml "
     print(f"train on it: python -m scripts.train {small}--data_root {shlex.quote(config.out)}")
@@ -92,7 +91,7 @@ def main(config: PrepareConfig) -> None:
 def find_all_sources(config: PrepareConfig) -> list[Source]:
     """Return all sources, validation first.
 
-    Files in --val_input or --out are excluded from training.
+    Files in --val_input are excluded from training.
     """
     sources, val_sources = find_sources(config), []
     if config.val_input:
@@ -103,16 +102,12 @@ def find_all_sources(config: PrepareConfig) -> list[Source]:
     if val_sources:
         for source in sources:
             source.split = "train"
-    val_paths = {os.path.realpath(source.path) for source in val_sources}
-    out = os.path.realpath(config.out) + os.sep
-    train_sources = []
-    for source in sources:
-        path = os.path.realpath(source.path)
-        if source.hub_split or not (path in val_paths or path.startswith(out)):
-            train_sources.append(source)
+    excluded = {os.path.realpath(source.path) for source in val_sources if not source.hub_split}
+    train_sources = [source for source in sources
+                     if os.path.realpath(source.path) not in excluded]
     if not train_sources:
-        raise UserError("no text for training (all files of --input are in --val_input or --out): "
-                        "pass other files")
+        raise UserError("no text for training (all files of --input are in --val_input): pass "
+                        "other files")
     return val_sources + train_sources
 
 

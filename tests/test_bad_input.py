@@ -103,7 +103,7 @@ CASES = [
     ("train", "--init_from {}/gpt2.pt --model.block_size 33", "block_size is 33", "16 positions"),
     ("train", "--init_from {}/no_tokenizer.pt", "no_tokenizer.pt uses another tokenizer than the",
      "{}/good"),
-    ("train", "--init_from {}", "'{}' has no config.json", "model_<step>.pt"),
+    ("train", "--init_from {}", "cannot load '{}'", "model_<step>.pt"),
     ("generate", "", "no checkpoint in log_dir", "scripts.train"),
     ("generate", "--checkpoint {}/missing.pt", "no checkpoint", "missing.pt"),
     ("generate", "--checkpoint {}/damaged_run/model_00005.pt", "model_00005.pt", "damaged"),

@@ -1,9 +1,11 @@
 """scripts/generate.py: the command as typed, and the prompt loop on a terminal."""
 
 import codecs
+import io
 import os
 import select
 import subprocess
+import sys
 import time
 
 import pytest
@@ -46,7 +48,8 @@ def test_samples_go_to_stdout_and_the_checkpoint_to_stderr(model, log_dir):
     """40 tokens exceed the context of 32."""
     done = run(*COMMAND, log_dir, "--prompt", "MENENIUS:", "--num_samples", "2",
                "--max_new_tokens", "40")
-    assert done.stdout == "\n---\n".join(expected_texts(model, 40, 1337, n_samples=2)) + "\n"
+    texts = expected_texts(model, 40, 1337, n_samples=2)
+    assert done.stdout == "\n<|endoftext|>\n".join(texts) + "\n"
     assert done.stderr == f"{log_dir}/model_00003.pt: step 3\n" and done.returncode == 0
 
 
@@ -96,6 +99,16 @@ def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, log_dir):
     os.close(terminal.keyboard)
 
 
+def test_a_pipe_is_a_list_of_prompts(model, log_dir):
+    """One a line; the texts can be told apart by the special token, which ends a sample."""
+    done = subprocess.run(command(*map(str, [*COMMAND, log_dir, "--max_new_tokens", "10"])),
+                          input=b"MENENIUS:\ncaf\xe9\n", cwd=ROOT, env=environment(),
+                          capture_output=True)
+    texts = done.stdout.decode().split("\n<|endoftext|>\n")
+    assert texts[0] == expected_texts(model, 10, seed=1337)[0], done.stderr
+    assert len(texts) == 2 and texts[1].startswith("caf\ufffd")
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Record which of the two functions is called, with its prompt and dtype."""
@@ -109,9 +122,9 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("terminals, called", [({0, 1}, "run_interactive"), ({0}, "print_samples"),
                                                ({1}, "print_samples"), (set(), "print_samples")])
 def test_main_asks_for_prompts_only_on_a_terminal(log_dir, calls, monkeypatch, terminals, called):
-    """If standard input or output is not a terminal, as in a pipe or under cron,
-    the prompt is a newline."""
+    """Otherwise, without input, as under cron, the prompt is a newline."""
     monkeypatch.setattr(os, "isatty", terminals.__contains__)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     generate.main(generate.GenerateConfig(log_dir=str(log_dir), device="cpu", dtype="float32"))
     assert calls == [(called, "\n", "torch.float32")]
 
@@ -121,6 +134,7 @@ def test_main_asks_for_prompts_only_on_a_terminal(log_dir, calls, monkeypatch, t
 def test_auto_dtype_is_bfloat16_if_native(
         log_dir, calls, monkeypatch, dtype, precision, expected):
     monkeypatch.setattr(generate, "select_precision", lambda name, device: precision)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     generate.main(generate.GenerateConfig(log_dir=str(log_dir), device="cpu", dtype=dtype,
                                           prompt="A"))
     assert calls == [("print_samples", "A", f"torch.{expected}")]

@@ -1,6 +1,7 @@
 """scripts.plot: content and layout of the figure, also for incomplete runs."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,19 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from gpt.errors import UserError
-from scripts.plot import (
-    PlotConfig,
-    Run,
-    axis_limits,
-    legend_labels,
-    main,
-    moving_average,
-    plot_runs,
-    read_run,
-)
+from scripts.plot import PlotConfig, Run, comparable_loss, main, moving_average, plot_runs, read_run
 from tests.conftest import ROOT, TINY_BYTES, metrics, train
 
 
@@ -29,26 +20,28 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make_run(name: str, steps: int = 40, val: dict[int, float] | None = None, **settings) -> Run:
-    """Write and read a run of 1,000 tokens per step;
+def make_run(name: str, steps: int = 40, val: dict[int, float] | None = None,
+             bytes_per_token: float = 4, acc_norm: float | None = None) -> Run:
+    """Write and read a run of 1,000 tokens per step at 2,000 tokens/s;
     training loss falls from 5 to 3, and one gradient norm is null."""
     records = [{"step": step, "split": "train", "loss": 3 + 2 * 0.8 ** step, "lr": 6e-4,
-                "tokens_per_s": 5000.5, "grad_norm": None if step == 7 else 1.0}
-               for step in range(steps)]
+                "tokens": 1000 * (step + 1), "tokens_per_s": 2000.0,
+                "grad_norm": None if step == 7 else 1.0} for step in range(steps)]
     val = {10: 4.25, 20: 3.5, 30: 3.75} if val is None else val
-    records += [{"step": step, "split": "val", "loss": loss} for step, loss in val.items()]
-    folder = Path(name)
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    settings = {"log_dir": name, "total_batch_size": 1000, "max_lr": 6e-4} | settings
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    return read_run(folder)
+    records += [{"step": step, "split": "val", "loss": loss,
+                 "bits_per_byte": loss / math.log(2) / bytes_per_token}
+                for step, loss in val.items()]
+    if acc_norm:
+        records.append({"step": 30, "split": "hellaswag", "acc_norm": acc_norm})
+    Path(name).mkdir()
+    Path(name, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    return read_run(name)
 
 
 def test_plot_draws_a_run_of_scripts_train_without_importing_torch(byte_data, tmp_path):
     train(byte_data, tmp_path / "log", *TINY_BYTES, "--max_steps", "6", "--eval_every", "2")
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "scripts.plot", "--x", "tokens"],
+        [sys.executable, "-X", "importtime", "-m", "scripts.plot", "--x", "time"],
         text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     best = min(metrics(tmp_path / "log", "val").values(), key=lambda record: record["loss"])
     assert done.stdout == (f"log/plot.png | log: best val loss {best['loss']:.4f} "
@@ -61,15 +54,15 @@ def test_plot_draws_a_run_of_scripts_train_without_importing_torch(byte_data, tm
 def test_extension_selects_the_image_format(capsys):
     make_run("a"), make_run("b", val={5: 4.0, 1000: 3.125})
     for suffix, start in {"jpg": b"\xff\xd8", "PDF": b"%PDF", "svg": b"<?xml"}.items():
-        main(PlotConfig(["a", "b/"], out=f"both.{suffix}"))
+        main(PlotConfig(["a/metrics.jsonl", "b/"], out=f"both.{suffix}"))
         assert Path(f"both.{suffix}").read_bytes().startswith(start)
         assert capsys.readouterr().out == (f"both.{suffix} | a: best val loss 3.5000 at step 20 | "
                                            f"b: best val loss 3.1250 at step 1,000\n")
 
 
-@pytest.mark.parametrize("x, scale", [("steps", 1), ("tokens", 1000)])
-def test_curves_are_at_the_steps_or_tokens_of_their_records(x, scale):
-    panels = plot_runs([make_run("a")], x).axes
+@pytest.mark.parametrize("unit, scale", [("steps", 1), ("tokens", 1000), ("time", 0.5 / 60)])
+def test_curves_are_at_the_positions_of_their_records(unit, scale):
+    panels = plot_runs([make_run("a", acc_norm=0.3)], unit, "loss").axes
     raw, smooth, val, star = panels[0].lines
     np.testing.assert_allclose(raw.get_xdata(), np.arange(40) * scale)
     np.testing.assert_allclose(raw.get_ydata(), 3 + 2 * 0.8 ** np.arange(40))
@@ -78,7 +71,21 @@ def test_curves_are_at_the_steps_or_tokens_of_their_records(x, scale):
                                [[10 * scale, 4.25], [20 * scale, 3.5], [30 * scale, 3.75]])
     np.testing.assert_allclose(star.get_xydata(), [[20 * scale, 3.5]])
     assert [text.get_text() for text in panels[0].texts] == ["3.5000"]
-    assert [set(panel.lines[0].get_ydata()) for panel in panels[1:]] == [{6e-4}, {1.0}, {5000.5}]
+    assert [set(panel.lines[0].get_ydata()) for panel in panels[1:4]] == [{6e-4}, {1.0}, {2000.0}]
+    results, openai = panels[4].lines[-2:]
+    np.testing.assert_allclose(results.get_xydata(), [[30 * scale, 0.3]])
+    assert set(openai.get_ydata()) == {0.2955}
+
+
+def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(capsys):
+    """Nats per token of 2 bytes and of 4 bytes are not comparable."""
+    runs = [make_run("a"), make_run("b", bytes_per_token=2)]
+    assert comparable_loss(runs) == "bits_per_byte" and comparable_loss(runs[:1]) == "loss"
+    panel = plot_runs(runs, "steps", "bits_per_byte").axes[0]
+    lowest = [line.get_ydata().min() for line in panel.lines if len(line.get_ydata()) == 3]
+    np.testing.assert_allclose(lowest, [3.5 / math.log(2) / 4, 3.5 / math.log(2) / 2])
+    main(PlotConfig(["a", "b"]))
+    assert "a: best val loss 1.2624 bits per byte at step 20 |" in capsys.readouterr().out
 
 
 def test_moving_average_is_the_mean_of_full_windows_and_keeps_a_straight_line():
@@ -88,34 +95,9 @@ def test_moving_average_is_the_mean_of_full_windows_and_keeps_a_straight_line():
     np.testing.assert_allclose(moving_average(np.arange(1000)), np.arange(20, 980))
 
 
-def test_axis_limits_leave_out_first_steps_and_spikes():
-    steps = np.arange(20_000)
-    loss = 3 + 8 * np.exp(-steps / 300)
-    loss[15_000:15_100] = 100
-    low, high = axis_limits([(steps, loss),
-                             (np.array([0, 10_000, 20_000]), np.array([11, 3.1, 2.9]))])
-    assert 2.7 < low < 2.9 and loss[1200] < high < 4
-    low, high = axis_limits([(np.arange(3), np.array([11.0, 9.0, 8.0]))])
-    assert low < 8 and high > 11  # all three steps are visible
-
-
-def test_legend_has_best_loss_and_the_settings_that_differ():
-    runs = [make_run("a", model={"n_layer": 2, "n_embd": 16}, seed=1),
-            make_run("b", model={"n_layer": 4, "n_embd": 16}, max_lr=0.001, val={})]
-    assert legend_labels(runs) == [" a: best val loss 3.5000 at step 20, n_layer=2, max_lr=0.0006",
-                                   " b: no validation loss, n_layer=4, max_lr=0.001"]
-    long = dict.fromkeys("uvwxyz", "/a/long/path/to/the/data")
-    short = dict.fromkeys("uvwxyz", "data")
-    label, _ = legend_labels([make_run("c", **long), make_run("d", **short)])
-    assert label.startswith(" c: best val loss 3.5000 at step 20, "
-                            "u=…ong/path/to/the/data, v=…ong")
-    assert label.endswith(", …") and len(label) <= 116
-
-
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_figure_has_no_overlaps_and_one_style_per_run(count):
-    figure = plot_runs([make_run(f"_{i}", **dict.fromkeys("UVWXYZ", f"MUON_ADAMW_{i}"))
-                         for i in range(count)], "steps")
+    figure = plot_runs([make_run(f"_{i}") for i in range(count)], "steps", "loss")
     figure.draw_without_rendering()
     [legend] = figure.legends
     names = [text.get_text().split(":")[0] for text in legend.get_texts()]
@@ -130,7 +112,6 @@ def test_figure_has_no_overlaps_and_one_style_per_run(count):
 
 def test_main_plots_incomplete_runs(capsys):
     make_run("train_only", val={}), make_run("val_only", steps=0)
-    Path("train_only/config.yaml").unlink()
     with open("train_only/metrics.jsonl", "a") as file:
         file.write('{"step": 40, "split": "tra')  # still being written
     main(PlotConfig(["train_only", "val_only"]))
@@ -140,13 +121,10 @@ def test_main_plots_incomplete_runs(capsys):
 
 @pytest.mark.parametrize("config, message", [
     (PlotConfig(["a", "empty"]), "no losses in empty/metrics.jsonl: pass the log_dir of a run"),
-    (PlotConfig(["nope"]), "no losses in nope/metrics.jsonl: pass the log_dir of a run"),
     (PlotConfig(["a"], out="x.docx"),
-     "x.docx has an unknown extension: expected .png, .jpg, .pdf, .svg"),
-    (PlotConfig(["a"], x="tokens"),
-     "no total_batch_size in a/config.yaml for --x tokens: pass --x steps")])
+     "x.docx has an unknown extension: expected .png, .jpg, .pdf, .svg")])
 def test_main_names_the_problem(config, message):
-    make_run("a"), Path("empty").mkdir(), Path("a/config.yaml").unlink()
+    make_run("a"), Path("empty").mkdir()
     with pytest.raises(UserError, match=message):
         main(config)
     assert {str(path) for path in Path().rglob("*")} == {"a", "empty", "a/metrics.jsonl"}

@@ -80,17 +80,18 @@ def test_prepare_reads_a_hub_dataset(tmp_path):
     assert read_split(tmp_path / "out", "val") == tokens_of(SPEECHES[30:40])
     words[-1] = tmp_path / "other"
     assert_user_error(run(*words, "--val_split", "test"), "Bad split: test", "train", "validation")
-    assert_user_error(run(*words, "--text_column", "txt"), "row 1 has no text in column 'txt'",
+    assert_user_error(run(*words, "--text_column", "txt"), "row 1 has nothing in column 'txt'",
                       "columns are: id, text")
 
 
 def test_validation_and_output_files_are_not_trained_on(tmp_path):
-    """Both are inside the input folder here."""
+    """Both are inside the input folder here; a second run finds the same input."""
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", jsonl(SPEECHES[10 * i:10 * i + 10]))
-    write(tmp_path / "out" / "notes.txt", "a text file beside the shards")
-    prepare.main(PrepareConfig(input=[str(tmp_path)], val_input=[str(tmp_path / "2.jsonl")],
-                               out=str(tmp_path / "out")))
+    write(tmp_path / "README.md", "about the data")
+    for _ in range(2):
+        prepare.main(PrepareConfig(input=[str(tmp_path)], val_input=[str(tmp_path / "2.jsonl")],
+                                   out=str(tmp_path / "out")))
     assert read_split(tmp_path / "out", "train") == tokens_of(SPEECHES[:20])
     assert read_split(tmp_path / "out", "val") == tokens_of(SPEECHES[20:30])
 
@@ -206,9 +207,17 @@ def test_prepare_rejects_changed_input(tmp_path):
     file = write(tmp_path / "a.jsonl", jsonl(SPEECHES))
     config = PrepareConfig(input=[str(file)], out=str(tmp_path / "out"), val_fraction=0)
     prepare.main(config)
-    file.write_bytes(file.read_bytes().replace(b"the", b"THE"))
+    file.write_bytes(file.read_bytes().replace(b"the", b"some"))
     with pytest.raises(UserError, match="other data"):
         prepare.main(config)
+
+
+def test_a_failed_preparation_leaves_a_tokenizer_alone(tmp_path):
+    """Even if it is in the folder of --out."""
+    Tokenizer.train(SPEECHES, 300).save(tmp_path)
+    with pytest.raises(UserError, match="holds other data"):
+        prepare.main(PrepareConfig(input=[str(TEXT)], tokenizer=str(tmp_path), out=str(tmp_path)))
+    assert (tmp_path / "tokenizer.tiktoken").exists()
 
 
 def test_missing_data_names_the_command_that_makes_it(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -70,6 +71,13 @@ def parquet(texts: list[str]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def arrow(new_file: Callable, texts: list[str]) -> bytes:
+    sink, rows = pa.BufferOutputStream(), pa.table({"id": range(len(texts)), "text": texts})
+    with new_file(sink, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=20)
+    return sink.getvalue().to_pybytes()
+
+
 def zstd(content: bytes) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
@@ -87,12 +95,14 @@ HUGE_NUMBER = b'{"text": "one", "id": ' + b"9" * 5000 + b"}\n"
     ("a.jsonl", jsonl(TEXTS)),
     ("a.NDJSON", b"\xef\xbb\xbf" + jsonl(TEXTS)),
     ("a.jsonlines", "\n\n".join(map(json.dumps, MIXED)).encode()),
-    ("a.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).encode()),
+    ("a.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=2).encode()),
     ("lines.json", jsonl(TEXTS)),
     ("a.csv", table(TEXTS, ",")),
     ("a.tsv", table(TEXTS, "\t")),
     ("a.parquet", parquet(TEXTS)),
-    ("a.jsonl.gz", gzip.compress(jsonl(TEXTS[:9])) + gzip.compress(jsonl(TEXTS[9:]))),
+    ("stream[1].arrow", arrow(pa.ipc.new_stream, TEXTS)),
+    ("file*.arrow", arrow(pa.ipc.new_file, TEXTS)),
+    ("A.JSONL.GZ", gzip.compress(jsonl(TEXTS[:9])) + gzip.compress(jsonl(TEXTS[9:]))),
     ("a.json.zst", zstd(json.dumps(ROWS).encode())),
     ("a.csv.bz2", bz2.compress(table(TEXTS, ","))),
 ])
@@ -112,12 +122,14 @@ def test_folders_are_read_once_without_hidden_files_and_descriptions(tmp_path):
     write(notes / "picture.png", b"\x89PNG")
     write(notes / ".obsidian" / "b.md", "hidden")
     (notes / "c.md").symlink_to(notes / "0" / "a.md")
+    write(notes / "old_data" / "meta.json", "{}")
     for name in ("one", "two"):
         (notes / name).symlink_to(notes)
     documents = read(notes, notes / "1" / "a.md", f"{notes}/*/*.md", val_fraction=0)
     assert sorted(documents["train"]) == sorted(SPEECHES[:5])
     datasets.Dataset.from_dict({"text": SPEECHES[:9]}).save_to_disk(tmp_path / "saved")
     write(tmp_path / "saved" / "README.md", "a description")
+    write(tmp_path / "saved" / "cache-0123.arrow", "intermediate results")
     assert read(tmp_path / "saved", val_fraction=0)["train"] == SPEECHES[:9]
 
 
@@ -128,7 +140,8 @@ def test_standard_input_and_pipes(tmp_path):
     line = (f"cat {rows} > {tmp_path}/pipe.jsonl & cat {TEXT} | "
             f"{sys.executable} -m scripts.prepare --input - {tmp_path}/pipe.jsonl "
             f"--out {tmp_path}/out --val_fraction 0.2")
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stderr
     texts = {split: GPT2.decode(np.load(tmp_path / "out" / f"{split}_00000.npy"))
              .split("<|endoftext|>")[1:] for split in ("train", "val")}
@@ -142,8 +155,8 @@ def test_the_end_of_a_text_is_for_validation(tmp_path, text):
     """From the start of a line on, if there is one; no text is lost."""
     (train,), (val,) = read(write(tmp_path / "a.txt", text)).values()
     assert train + val == text
-    assert len(val) == pytest.approx(0.1 * len(text), abs=2**20)
-    assert train.endswith("\n") or "\n" not in text.strip()
+    line_end = text.find("\n", int(0.9 * len(text)), -1) + 1
+    assert len(train) == (line_end or int(0.9 * len(text)))
 
 
 def test_separators_and_joined_rows(tmp_path):
@@ -209,23 +222,21 @@ def archive(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("windows.txt", "text".encode("utf-16"), "NUL bytes: convert UTF-16 with iconv -f UTF-16"),
-    ("unmarked.txt", "text".encode("utf-16-le"), "NUL bytes: convert UTF-16 with iconv -f UTF-16"),
-    ("books.tar.gz", archive("tar"), "is an archive: unpack it"),
-    ("books.zip", archive("zip"), "is an archive: unpack it"),
-    ("book.epub.txt", archive("zip"), "is an archive: unpack it"),
+    ("windows.txt", "text".encode("utf-16"), "not plain text: .*iconv -f UTF-16 -t UTF-8"),
+    ("books.tar.gz", archive("tar"), "is not plain text: unpack an archive"),
+    ("books.zip", archive("zip"), "is not plain text: unpack an archive"),
     ("train.bin", np.arange(99, dtype=np.uint16).tobytes(), "of nanoGPT.*--data_root"),
     ("edufineweb_train_000001.npy", b"\x93NUMPY", "holds token ids.*--data_root"),
-    ("novel.txt", "un café noir".encode("latin1"), r"near b'un caf\\xe9 noir'.*iconv -f LATIN1"),
-    ("photo.txt", b"\x89PNG\r\n\x1a\n", "not UTF-8.*iconv -f its encoding"),
+    ("novel.txt", "un café noir".encode("latin1"),
+     r"near b'un caf\\xe9 noir'.*iconv -f WINDOWS-1252"),
     ("book.parquet", b"text", "cannot read .*book.parquet"),
     ("a.json", b'[{"text": "one"}\n', "a.json, line 2: broken JSON"),
     ("a.jsonl", b'{"text": "one"}\n{"text": \n', "a.jsonl, line 2: broken JSON"),
     ("chat.json", b'[{"author": 1, "content": "one"}]', "row 1 .*columns are: author, content"),
     ("export.json", json.dumps({"name": "chat", "messages": []}, indent=1).encode(),
      "row 1 .*columns are: name, messages"),
-    ("numbers.jsonl", b'{"text": 12}\n[1]\n', "row 1 has no text"),
-    ("a.csv", b"id,text\n1,Hello, world\n", "line 2: broken table .expected 2 cells"),
+    ("numbers.jsonl", b'{"text": 12}\n[1]\n', "row 1 has float in column 'text', expected text"),
+    ("a.csv", b"id,text\n1,Hello, world\n", "near line 2: broken table .expected 2 cells"),
     ("quote.csv", b'id,text\n1,"Hello\n', "broken table .unexpected end of data"),
     ("long.jsonl", jsonl(["x" * 2000]), "row 1 has 2,000 characters, more than 1,000"),
     ("long.csv", table(["x" * 2000], ","), "field larger than field limit .1000"),
