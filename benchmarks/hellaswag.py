@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from benchmarks import reference_hellaswag
 from benchmarks.compare import compare
 from gpt.config import GPTConfig
 from gpt.device import DTYPES, select_precision
@@ -18,7 +19,6 @@ from gpt.generation import prepare_for_inference
 from gpt.hellaswag import BATCH_TOKENS, load_examples, score_endings
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
-from tests import reference_hellaswag
 
 
 def main() -> None:

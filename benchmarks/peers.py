@@ -2,7 +2,8 @@
 python -m benchmarks.peers --nanogpt PATH
 
 PATH is a checkout of github.com/karpathy/nanoGPT. The two alternate, each in a separate process.
-Other flags go to benchmarks.bench, such as --precision float32.
+On a CPU nanoGPT trains in float32 by default, ours in bf16 where it is native: both run in both.
+Other flags go to benchmarks.bench, such as --optimizer muon.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import importlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,9 +28,9 @@ STEPS, WARMUP = 10, 3
 
 
 def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, B: int,
-            T: int) -> float:
-    """Return the median tokens/s of nanoGPT's training step on random tokens, with the settings of
-    its train.py: compiled and in bfloat16 on CUDA, uncompiled and in float32 on the CPU."""
+            T: int, *, use_bf16: bool) -> float:
+    """Return the median tokens/s of nanoGPT's training step on random tokens, compiled on CUDA, as
+    in its train.py, which uses bfloat16 on CUDA and float32 on the CPU."""
     sys.path.insert(0, path)
     nano = importlib.import_module("model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +46,7 @@ def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, 
     seconds = []
     for _ in range(WARMUP + STEPS):
         t0 = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=use_bf16):
             _, loss = model(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,20 +64,23 @@ def main() -> None:
                         help="n_layer,n_embd,n_head,vocab_size,batch,length")
     parser.add_argument("--rounds", type=int, default=3)
     # Run nanoGPT in this process.
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=["float32", "bf16"], help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     for shape in args.shape:
         sizes = list(map(int, shape.split(",")))
         if args.peer:
-            print(nanogpt(args.nanogpt, *sizes))
+            print(nanogpt(args.nanogpt, *sizes, use_bf16=args.peer == "bf16"))
             continue
         words = [f"--{flag}={size}" for flag, size in zip(FLAGS, sizes, strict=True)]
-        compare(shape, "tokens/s", {
-            "nanoGPT": partial(rate, "benchmarks.peers", "--peer", "--nanogpt", args.nanogpt,
-                               "--shape", shape),
-            "ours": partial(rate, "benchmarks.bench", "train", *words,
-                            "--total_batch_size", sizes[4] * sizes[5],
-                            "--num_repeats", STEPS, *flags)}, args.rounds)
+        words += ["--total_batch_size", str(sizes[4] * sizes[5]), "--num_repeats", str(STEPS)]
+        variants: dict[str, Callable[[], float]] = {}
+        for precision in ["bf16"] if torch.cuda.is_available() else ["float32", "bf16"]:
+            variants[f"nanoGPT, {precision}"] = partial(
+                rate, "benchmarks.peers", "--peer", precision, "--nanogpt", args.nanogpt,
+                "--shape", shape)
+            variants[f"ours, {precision}"] = partial(
+                rate, "benchmarks.bench", "train", *words, "--precision", precision, *flags)
+        compare(shape, "tokens/s", variants, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Evaluate the loss of a model: over batches, and over long texts with sliding windows."""
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator
 
@@ -15,8 +14,7 @@ from gpt.tokenizer import Tokenizer
 
 @torch.no_grad()
 def evaluate_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-                  autocast: contextlib.AbstractContextManager, ranks: Ranks,
-                  tokenizer: Tokenizer | None) -> tuple[float, float | None]:
+                  ranks: Ranks, tokenizer: Tokenizer | None) -> tuple[float, float | None]:
     """Return the mean loss in nats per token, and in bits per byte, over the (x, y) `batches` of
     all ranks.
 
@@ -30,8 +28,7 @@ def evaluate_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
     rows = [torch.zeros(3, device=ranks.device)]  # nats, tokens and bytes of each batch
     with evaluation_mode(model):
         for x, y in batches:
-            with autocast:
-                loss = model(x, y)
+            loss = model(x, y)
             n_tokens = torch.full_like(loss, y.numel())
             rows.append(torch.stack([loss * n_tokens, n_tokens, token_bytes[y].sum()]))
     sums = torch.stack(rows).cpu().double().sum(0)

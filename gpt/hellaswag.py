@@ -12,10 +12,10 @@ mask lets it attend only to the context and itself. Rows of similar length share
 head runs only on positions that predict ending tokens.
 """
 
-import contextlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +153,7 @@ def score_endings(model: GPT, tokenizer: Tokenizer, examples: list[Example],
 
 
 def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example],
-                       autocast: contextlib.AbstractContextManager, ranks: Ranks,
-                       show_bar: bool = False,
+                       ranks: Ranks, show_bar: bool = False,
                        stopped: Callable[[], bool] = lambda: False) -> dict | None:
     """Return `acc` and `acc_norm` over the `examples`, split across ranks, with standard errors of
     a proportion.
@@ -166,10 +165,9 @@ def evaluate_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[Example]
     batch_tokens = BATCH_TOKENS[ranks.device.type]
     labels = torch.tensor([example.label for example in local_examples])
     correct = torch.zeros(2, dtype=torch.int64)
-    # None: off unless stderr is a terminal.
-    no_bar = None if show_bar and ranks.is_master else True
-    bar = tqdm(total=len(labels), unit="example", disable=no_bar, dynamic_ncols=True, leave=None)
-    with evaluation_mode(model), autocast, bar:
+    bar = tqdm(total=len(labels), unit="example", disable=not (show_bar and ranks.is_master),
+               dynamic_ncols=True, leave=None, mininterval=0.1 if sys.stderr.isatty() else 30)
+    with evaluation_mode(model), bar:
         for sums, counts in score_endings(model, tokenizer, local_examples, batch_tokens):
             is_scored = (counts > 0).all(1)
             choices = torch.stack([sums, sums / counts]).argmin(2)  # (2, examples)

@@ -2,6 +2,7 @@
 or torchrun … scripts/eval_hellaswag.py"""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +36,15 @@ def main(config: HellaSwagConfig) -> None:
         examples = load_examples(config.data, config.limit)
         source, model, tokenizer = load_model(config, ranks.device, verbose=ranks.is_master)
         path = Path(config.log_dir) / "hellaswag.json"
-        # If this fails, it should be before the evaluation.
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):  # said before an evaluation of minutes
+            raise UserError(f"log_dir {config.log_dir!r} is not writable: pass another --log_dir")
         precision = select_precision(config.precision, ranks.device)
         if precision == "float32":
             prepare_for_inference(model, torch.float32)
-        autocast = torch.autocast(ranks.device.type, DTYPES[precision],
-                                  enabled=precision != "float32")
-        result = evaluate_hellaswag(model, tokenizer, examples, autocast, ranks, show_bar=True)
+        dtype = DTYPES[precision]
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            result = evaluate_hellaswag(model, tokenizer, examples, ranks, show_bar=True)
         if ranks.is_master and result:
             print(f"{result['examples']} examples | "
                   f"acc {result['acc']:.4f} ± {result['acc_stderr']:.4f} | "

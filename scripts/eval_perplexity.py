@@ -3,6 +3,7 @@ python -m scripts.eval_perplexity --data my_text.txt"""
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,8 @@ def main(config: PerplexityConfig) -> None:
         raise UserError(f"--data {config.data} has fewer than two tokens: pass a longer text")
     token_lengths = tokenizer.token_lengths(model.config.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0, 0
-    with tqdm(total=sum(map(len, shards)), unit="token", unit_scale=True, disable=None) as bar:
+    with tqdm(total=sum(map(len, shards)), unit="token", unit_scale=True,
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for tokens in shards:
             for losses, targets in sliding_window_losses(model, tokens, stride, config.batch_size):
                 nats += losses.sum()

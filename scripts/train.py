@@ -171,7 +171,8 @@ def train(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         # Evaluate and sample. A resumed run does not repeat what is already logged.
         if log.is_due("val", config.eval_every, step, finished):
             batches = val_loader.eval_batches(config.eval_tokens, show_bar=log.bar is not None)
-            val_loss, bits_per_byte = evaluate_loss(model, batches, autocast, ranks, tokenizer)
+            with autocast:
+                val_loss, bits_per_byte = evaluate_loss(model, batches, ranks, tokenizer)
             assert_finite(step, f"validation loss {val_loss}", val_loss)
             if val_loss < log.best_loss:
                 checkpoints.save_best(step, val_loss)
@@ -185,9 +186,10 @@ def train(config: TrainConfig, stack: contextlib.ExitStack) -> int:
                                       temperature=0.8, top_k=200, seed=config.seed)
             log.log_samples(step, texts)
         if log.is_due("hellaswag", config.hellaswag_every, step, finished):
-            result = evaluate_hellaswag(model, tokenizer, examples, autocast, ranks,
-                                        show_bar=log.bar is not None,
-                                        stopped=lambda: stop.requested)
+            with autocast:
+                result = evaluate_hellaswag(model, tokenizer, examples, ranks,
+                                            show_bar=log.bar is not None,
+                                            stopped=lambda: stop.requested)
             stopping = result is None
             if result:
                 log.log_hellaswag(step, result)

@@ -1,7 +1,6 @@
 """gpt/hellaswag.py against the reference implementation, in training and as a command."""
 
 import base64
-import contextlib
 import json
 import math
 import os
@@ -12,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import reference_hellaswag
+from benchmarks.reference_hellaswag import make_examples
 from gpt.config import GPTConfig
 from gpt.distributed import Ranks
 from gpt.errors import UserError
 from gpt.hellaswag import Example, evaluate_hellaswag, load_examples, pack_example, score_endings
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
-from tests import reference_hellaswag
 from tests.conftest import TINY, Fork, assert_user_error, metrics, run
-from tests.reference_hellaswag import make_examples
 
 DATA = Path(__file__).parent / "data" / "hellaswag.jsonl"  # our own examples in the original format
 # A byte-level tokenizer is fast, and its sequences are four times as long.
@@ -72,8 +71,7 @@ def test_evaluate_hellaswag_returns_accuracy_and_standard_error():
     choices = reference_hellaswag.score_endings(model, BYTES, examples).argmin(2)
     acc, acc_norm = (choices == labels).double().mean(1).tolist()
     model.train()  # must make no difference
-    result = evaluate_hellaswag(model, BYTES, examples, contextlib.nullcontext(),
-                                Ranks(0, 1, torch.device("cpu")))
+    result = evaluate_hellaswag(model, BYTES, examples, Ranks(0, 1, torch.device("cpu")))
     assert result == pytest.approx({
         "examples": 30, "acc": acc, "acc_stderr": math.sqrt(acc * (1 - acc) / 29),
         "acc_norm": acc_norm, "acc_norm_stderr": math.sqrt(acc_norm * (1 - acc_norm) / 29)})
@@ -87,8 +85,7 @@ def test_rank_without_examples_returns_the_global_result(stopped):
     ranks = Ranks(1, 2, torch.device("cpu"))
     other_rank = [1, 0, 1, stopped]
     ranks.mean = lambda *mine: [(a + b) / 2 for a, b in zip(other_rank, mine, strict=True)]
-    result = evaluate_hellaswag(make_model(), BYTES, make_examples(1), contextlib.nullcontext(),
-                                ranks)
+    result = evaluate_hellaswag(make_model(), BYTES, make_examples(1), ranks)
     accuracies = {"examples": 1, "acc": 1, "acc_stderr": 0, "acc_norm": 0, "acc_norm_stderr": 0}
     assert result == (None if stopped else accuracies)
 

@@ -2,16 +2,20 @@
 And random examples."""
 
 import random
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from gpt.hellaswag import Example
-from tests.conftest import TEXT
+from gpt.model import GPT
+from gpt.tokenizer import Tokenizer
+
+TEXT = Path(__file__).resolve().parents[1] / "tests" / "data" / "coriolanus.txt"
 
 
 @torch.no_grad()
-def score_endings(model, tokenizer, examples):
+def score_endings(model: GPT, tokenizer: Tokenizer, examples: list[Example]) -> torch.Tensor:
     """Return the summed and the mean loss of the tokens of each ending, in nats:
     (2, examples, 4)."""
     scores = []
@@ -29,7 +33,7 @@ def score_endings(model, tokenizer, examples):
     return torch.stack(scores, dim=1).view(2, len(examples), 4)
 
 
-def make_examples(count, seed=0):
+def make_examples(count: int, seed: int = 0) -> list[Example]:
     """Return examples with HellaSwag's lengths; contexts and endings are random excerpts of a play.
 
     A third are as long as those from ActivityNet, the others as those from WikiHow: contexts have
@@ -38,7 +42,7 @@ def make_examples(count, seed=0):
     """
     text, rng = " ".join(TEXT.read_text().split()), random.Random(seed)
 
-    def excerpt(low, high):
+    def excerpt(low: int, high: int) -> str:
         start = rng.randrange(len(text) - high)
         return text[start:start + rng.randint(low, high)].strip()
 
