@@ -19,14 +19,21 @@ from gpt.distributed import Ranks
 from gpt.model import GPT
 from gpt.optim import configure_optimizer
 
-# Run in a fresh process; on Linux /proc/self/status has the memory in use and its peak, in kB.
+# Run in a fresh process; on Linux /proc/self/status has the memory in use. RssAnon leaves out the
+# pages of the mapped file, which the system can drop.
 LOAD = r"""
-import re, sys, time
+import re, sys, threading, time
+from transformers import GPT2LMHeadModel
 from gpt.model import GPT
-def kilobytes(name): return int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1])
-before, t0 = kilobytes("VmRSS"), time.perf_counter()
+def used(): return int(re.search(r"RssAnon:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+before, t0, samples = used(), time.perf_counter(), [0]
+def watch():
+    while True:
+        samples.append(used())
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
 model = GPT.from_pretrained(sys.argv[1])
-print(time.perf_counter() - t0, 1024 * (kilobytes("VmHWM") - before), 4 * model.num_parameters())
+print(time.perf_counter() - t0, max(samples) - before, 4 * model.num_parameters())
 """
 
 
