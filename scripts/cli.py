@@ -2,6 +2,7 @@
 error is one line and exit status 2."""
 
 import argparse
+import difflib
 import os
 import signal
 import sys
@@ -76,6 +77,9 @@ def parse_args(config_class: type, args: Sequence[str]) -> Any:
         known, words = parser.parse_known_args(args)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
+    for word in words:
+        if difflib.get_close_matches(word, ["--config"], cutoff=0.85):
+            raise UserError(f"unknown option {word}: did you mean --config?")
     first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     for path in reversed(known.config):
         words[first_flag:first_flag] = yaml_flags(read_yaml(path))

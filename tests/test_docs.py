@@ -17,6 +17,7 @@ from scripts.train import TrainConfig
 from tests.conftest import ROOT, TEXT
 
 NAMES = ["training", "generation", "evaluation", "data", "position", "numbers", "speed", "laptop",
+         "not_here",
          "cluster", "troubleshooting"]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 STARTS = r"(\w+=\S+ |timeout .*)?(python3?|torchrun|sbatch|make|pip|\.) "  # of shell commands
