@@ -96,8 +96,7 @@ def test_validation_and_output_files_are_not_trained_on(tmp_path):
     assert read_split(tmp_path / "out", "val") == tokens_of(SPEECHES[20:30])
 
 
-@pytest.mark.parametrize("text", ["x" * 3_000_000, "before" + " " * 3_000_000 + "after",
-                                  "東" * 1_000_000 + " end"])
+@pytest.mark.parametrize("text", ["x" * 3_000_000, "before" + " " * 3_000_000 + "after"])
 def test_prepare_encodes_very_long_words_and_whitespace(tmp_path, text):
     """Memory is bounded, and tiktoken, which fails on a million spaces, never gets them."""
     source = write(tmp_path / "a.jsonl", jsonl([text]))

@@ -3,14 +3,12 @@ gpt/pretrained.py, scripts.export, scripts.validate."""
 
 import copy
 import dataclasses
-import hashlib
 import json
 import re
 import resource
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,12 +45,9 @@ def assert_same_logits(model, hf_model, tolerance=0.0):
     assert difference <= tolerance
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4, 1, 11), (12, 3, 12, 10, 77), (1, 4, 20, 1024, 129),
-                                   (5, 9, 63, 31, 50304)])
-def test_logits_match_transformers(tmp_path, sizes):
+def test_logits_match_transformers(tmp_path):
     """By default transformers computes GPT-2's GELU in Python, which rounds differently."""
-    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    random_gpt2(tmp_path, **dict(zip(names, sizes, strict=True)), initializer_range=0.3)
+    random_gpt2(tmp_path, n_layer=5, n_head=9, n_embd=63, n_positions=31, initializer_range=0.3)
     assert_same_logits(GPT.from_pretrained(tmp_path), GPT2LMHeadModel.from_pretrained(tmp_path),
                        tolerance=1e-4)
 
@@ -65,20 +60,10 @@ def old_weights(hf_model):
 
 
 SAVE = {
-    "safetensors": lambda model, folder: model.save_pretrained(folder),
-    "sharded safetensors": lambda model, folder: model.save_pretrained(
-        folder, max_shard_size="40kB"),
+    "sharded": lambda model, folder: model.save_pretrained(folder, max_shard_size="40kB"),
     "float16": lambda model, folder: model.half().save_pretrained(folder),
-    "bfloat16": lambda model, folder: model.bfloat16().save_pretrained(folder),
     "no prefix": lambda model, folder: model.transformer.save_pretrained(folder),
-    "stored head": lambda model, folder: save_file(
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        folder / "model.safetensors"),
     "pickle": lambda model, folder: torch.save(old_weights(model), folder / "pytorch_model.bin"),
-    "legacy pickle": lambda model, folder: torch.save(
-        old_weights(model), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
-    "sharded pickle": lambda model, folder: huggingface_hub.save_torch_state_dict(
-        old_weights(model), folder, max_shard_size="40kB", safe_serialization=False),
 }
 
 
@@ -88,7 +73,6 @@ def test_load_reads_every_file_format(hf_model, tmp_path, file_format):
     hf_model = copy.deepcopy(hf_model)
     hf_model.config.save_pretrained(tmp_path)
     SAVE[file_format](hf_model, tmp_path)
-    assert ("sharded" in file_format) == (len(list(tmp_path.glob("*-of-*"))) > 1)
     assert_same_logits(GPT.from_pretrained(tmp_path), hf_model.float())
 
 
@@ -102,10 +86,7 @@ def test_from_pretrained_applies_overrides(hf_model, tmp_path):
 
 @pytest.mark.parametrize("settings, tensors, message", [
     ({"activation_function": "gelu"}, {}, "activation_function 'gelu' is not supported"),
-    ({"layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon 1e-06"),
-    ({"tie_word_embeddings": False}, {}, "tie_word_embeddings False"),
     ({"model_type": "llama"}, {}, "model_type 'llama'"),
-    ({"n_head": 5}, {}, "divisible by num_heads"),
     ({}, {"transformer.wpe.weight": torch.ones(40, 24)}, "mismatched weight"),
     ({}, {"transformer.h.1.mlp.c_fc.bias": None}, "missing weight transformer.h.1.mlp.c_fc.bias"),
     ({}, {"lm_head.weight": torch.ones(97, 24)}, "lm_head.weight differs"),
@@ -125,9 +106,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 54810
 
 @pytest.mark.parametrize("name, content, source, message", [
     ("model.safetensors", POINTER, ".", "Git LFS pointer, run `git lfs pull`"),
-    ("model.safetensors", b"{" * 300, ".", "header too large"),
     ("model.safetensors", b"", "model.safetensors", "it is a file, pass its folder"),
-    ("README.md", b"", ".", "no file named model.safetensors"),
     ("README.md", b"", "missing", "cannot load"),
 ])
 def test_load_names_what_is_wrong_with_a_folder(hf_model, tmp_path, name, content, source,
@@ -180,18 +159,15 @@ def test_checkpoints_of_nanogpt_are_loaded(tmp_path, monkeypatch, repository):
 def test_find_tokenizer_compares_vocabularies(tmp_path):
     """A vocabulary of 50,257 tokens may not be GPT-2's;
     for our own tokenizers see tests/test_own_tokenizer.py."""
-    vocab = dict(sorted(Tokenizer().vocab().items(), key=lambda item: item[1]))
-    # of encoder.json
-    openai_sha256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-    assert hashlib.sha256(json.dumps(vocab).encode()).hexdigest() == openai_sha256
+    vocab = Tokenizer().vocab()
+    merges = "\n".join(map(" ".join, Tokenizer().merges()))
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     reversed_vocab = dict(zip(vocab, reversed(vocab.values()), strict=True))
     for content, expected in ((vocab, "gpt2"), (reversed_vocab, None)):
         (tmp_path / "vocab.json").write_text(json.dumps(content))
-        merges = "\n".join(map(" ".join, Tokenizer().merges()))
-        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
         assert find_tokenizer(tmp_path, 50257) == expected
-    for vocab_size, expected in ((50257, "gpt2"), (97, None)):
-        assert find_tokenizer(tmp_path / "empty", vocab_size) == expected
+    assert find_tokenizer(tmp_path / "empty", 50257) == "gpt2"
+    assert find_tokenizer(tmp_path / "empty", 97) is None
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,11 +190,10 @@ def test_cut_chunks_keeps_the_tokens_of_the_document(text, block, size):
 
 
 def test_batches_are_bounded_for_large_files(tmp_path):
-    """About a megabyte is read at a time; no chunk that continues a document follows another."""
+    """No chunk that continues a document follows another chunk."""
     write(tmp_path / "a.txt", TEXT.read_text() * 400)
     config = TextConfig(input=[str(tmp_path)])
     batches = list(read_batches(find_sources(config), config))
-    assert len(batches) > 10
     assert max(sum(len(text) for _, _, text in batch) for batch in batches) < 2**21
     assert all(begins for batch in batches for _, begins, _ in batch[1:])
 
@@ -209,27 +207,20 @@ def test_assign_split_depends_on_the_document_alone():
     assert val <= {text for text in SPEECHES if assign_split(text, 0.2) == "val"}
 
 
-def archive(kind: str) -> bytes:
-    """Return a .zip or .tar.gz file with a text."""
+def tar_archive() -> bytes:
+    """Return a .tar.gz file with a text."""
     file = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(file, "w") as zipped:
-            zipped.writestr("a.txt", "text")
-    else:
-        with tarfile.open(fileobj=file, mode="w:gz") as tar:
-            tar.add(TEXT, "a.txt")
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        tar.add(TEXT, "a.txt")
     return file.getvalue()
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("windows.txt", "text".encode("utf-16"), "not plain text: .*iconv -f UTF-16 -t UTF-8"),
-    ("books.tar.gz", archive("tar"), "is not plain text: unpack an archive"),
-    ("books.zip", archive("zip"), "is not plain text: unpack an archive"),
+    ("books.tar.gz", tar_archive(), "is not plain text: unpack an archive"),
     ("train.bin", np.arange(99, dtype=np.uint16).tobytes(), "of nanoGPT.*--data_root"),
-    ("edufineweb_train_000001.npy", b"\x93NUMPY", "holds token ids.*--data_root"),
     ("novel.txt", "un café noir".encode("latin1"),
      r"near b'un caf\\xe9 noir'.*iconv -f WINDOWS-1252"),
-    ("book.parquet", b"text", "cannot read .*book.parquet"),
     ("a.json", b'[{"text": "one"}\n', "a.json, line 2: broken JSON"),
     ("a.jsonl", b'{"text": "one"}\n{"text": \n', "a.jsonl, line 2: broken JSON"),
     ("chat.json", b'[{"author": 1, "content": "one"}]', "row 1 .*columns are: author, content"),
@@ -240,7 +231,6 @@ def archive(kind: str) -> bytes:
     ("quote.csv", b'id,text\n1,"Hello\n', "broken table .unexpected end of data"),
     ("long.jsonl", jsonl(["x" * 2000]), "row 1 has 2,000 characters, more than 1,000"),
     ("long.csv", table(["x" * 2000], ","), "field larger than field limit .1000"),
-    ("long.parquet", parquet(["x" * 2000]), "row 1 has 2,000 characters, more than 1,000"),
     ("missing.t*t", None, "matches no files: pass files, folders or a pattern in quotes"),
     ("src/a.py", b"pass", "src' has no .txt, .md,.*/src/.*py'"),
     ("edu/edufineweb_train_000001.npy", b"\x93NUMPY", "holds token ids.*--data_root"),
