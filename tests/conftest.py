@@ -5,7 +5,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -159,13 +158,16 @@ def start_ranks(count: int, *words: str | Path, rank_args: dict | None = None,
 
     rank_args: additional arguments by rank. variables: additional environment variables.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port, **variables}
-    return [Fork(*words, *(rank_args or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, **variables)
-            for rank in range(count)]
+    # torchrun, too, hosts the store where its workers meet: no port is free before it is used.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True,
+                 "TORCHELASTIC_RESTART_COUNT": 0, "WORLD_SIZE": count,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, **variables}
+    forks = [Fork(*words, *(rank_args or {}).get(rank, []), RANK=rank, LOCAL_RANK=rank, **variables)
+             for rank in range(count)]
+    for fork in forks:
+        fork.store = store  # it lives as long as they do
+    return forks
 
 
 def run_ranks(*args, **options) -> list[subprocess.CompletedProcess]:

@@ -1,9 +1,9 @@
 """Run scripts.train with one fault: FAULT="<place> <action>", such as FAULT="save SIGKILL".
 
-Places: step (at the end of step 5), evaluation (before the third one), both on the last rank; save
-(as model_00008.pt is renamed into place). Actions: crash, error, full_disk, nan (as the model's
-weights, in an evaluation), or a signal that the process sends itself. A job that torchrun has
-restarted gets no fault.
+Places: step (at the end of step 5), evaluation (before the second one, of step 4 in conftest.RUN),
+save (as model_00008.pt is renamed into place). Actions: crash, full_disk, replace_folder, or a
+signal that the process sends itself. Of several ranks, the last one has the fault. A job that
+torchrun has restarted has none.
 """
 
 import itertools
@@ -13,15 +13,12 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from gpt.errors import UserError  # noqa: E402
 from scripts import cli, train  # noqa: E402
 
 PLACE, ACTION = os.environ["FAULT"].split()
-restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 is_last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 evaluations = itertools.count(1)
 
@@ -31,28 +28,32 @@ def inject(place, owner, name, is_due):
     original = getattr(owner, name)
 
     def faulty(*args):
-        if place == PLACE and not restarted and is_due(*args):
-            act(args[0])
+        if place == PLACE and is_first_start and is_due(*args):
+            if ACTION == "SIGSTOP":  # the other ranks wait long enough to start, but not now
+                args[2].timeout /= 600
+            if is_last_rank:
+                act()
         return original(*args)
 
     setattr(owner, name, faulty)
 
 
-def act(model):
-    if ACTION in ("crash", "error"):
-        raise {"crash": RuntimeError, "error": UserError}[ACTION]("injected")
+def act():
+    if ACTION == "crash":
+        raise RuntimeError("injected")
     if ACTION == "full_disk":  # no file can grow beyond 20 kB
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    elif ACTION == "nan":
-        with torch.no_grad():
-            model.wte.weight += torch.nan
+    elif ACTION == "replace_folder":
+        folder = Path(sys.argv[sys.argv.index("--log_dir") + 1])
+        folder.rename(folder.with_name("moved"))
+        folder.mkdir()
     else:
         os.kill(os.getpid(), signal.Signals[ACTION])
 
 
-inject("step", train, "assert_finite_step", lambda step, *_: step == 5 and is_last_rank)
+inject("step", train, "assert_finite_step", lambda step, *_: step == 5)
 inject("save", os, "replace", lambda source, target: Path(target).name == "model_00008.pt")
-inject("evaluation", train, "evaluate_loss", lambda *_: next(evaluations) == 3 and is_last_rank)
+inject("evaluation", train, "evaluate_loss", lambda *_: next(evaluations) == 2)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as without nohup
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 import os
 import re
 import signal
+from functools import partial
 
 import pytest
 import torch
 
 from gpt import checkpoint
 from gpt.dataloader import DataLoaderLite
-from gpt.distributed import Ranks, init_ranks
-from gpt.errors import UserError
+from gpt.distributed import init_ranks
 from tests.conftest import (
     RUN,
     TINY_BYTES,
@@ -24,81 +24,68 @@ from tests.conftest import (
 )
 
 
-def train_args(data_root, log_dir, *args):
-    return ["-m", "scripts.train", "--data_root", data_root, "--log_dir", log_dir, *TINY_BYTES,
-            "--sample_every", "0", "--eval_every", "0", *args]
+@pytest.fixture
+def args(byte_data, tmp_path):
+    """Return the flags of RUN in a new folder."""
+    return ["--data_root", byte_data, "--log_dir", tmp_path, *RUN]
 
 
 def last_step(log_dir):
-    """Return the step of the newest checkpoint; all newer ones are a failure."""
-    return checkpoint.load_latest(log_dir, pytest.fail, with_optim=True)[1]["step"]
+    """Return the step of the newest checkpoint, which must be usable."""
+    return checkpoint.load_latest(log_dir, pytest.fail, with_optim=True).model["step"]
 
 
-@pytest.mark.parametrize("variables", [
-    {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": ""},
-    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}])
-def test_variables_of_another_launcher_do_not_make_ranks(variables, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def test_variables_of_another_launcher_do_not_make_ranks(monkeypatch):
+    """Such as SLURM's; a notebook can leave an empty one."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "")
     with init_ranks("cpu", rank_timeout=1) as ranks:
-        assert (ranks.rank, ranks.world_size) == (0, 1)
+        assert ranks.world_size == 1
 
 
-@pytest.mark.parametrize("ranks, micro_batch_size, precision, tolerance", [
-    (2, 8, "float32", 1e-5), (2, 8, "bf16", 1e-3),
-    *(pytest.param(ranks, size, "float32", 1e-5, marks=pytest.mark.slow)
-      for ranks in (1, 2, 4) for size in (1, 2, 4))])
-def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size, precision, tolerance):
+@pytest.mark.parametrize("ranks, micro_batch_size", [
+    (2, 8), *(pytest.param(ranks, size, marks=pytest.mark.slow)
+              for ranks in (1, 2, 4) for size in (1, 2, 4))])
+def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size):
     """With micro-batches of any size, and if the run is resumed on one rank. docs/cluster.md has
     the differences."""
-    args = ["--total_batch_size", "1024", "--max_lr", "1e-3", "--warmup_steps", "0",
-            "--min_lr_ratio", "1", "--eval_every", "5", "--precision", precision,
-            "--micro_batch_size"]
-    one = run(*train_args(byte_data, tmp_path / "one", *args, 1, "--max_steps", "15"))
-    several = run_ranks(ranks, *train_args(byte_data, tmp_path / "several", *args, micro_batch_size,
-                                           "--max_steps", 10))
-    statuses = [done.returncode for done in (one, *several)]
-    assert statuses == [0] * (1 + ranks), one.stderr + several[0].stderr
-    assert several[0].stdout.count("val loss") == 2
-    assert not any(done.stdout for done in several[1:])
-    resumed = run(*train_args(byte_data, tmp_path / "several", *args, 16, "--max_steps", "15"))
-    changed = f"changed: micro_batch_size {micro_batch_size} -> 16; max_steps 10 -> 15\n"
-    assert changed in resumed.stdout
+    args = ["-m", "scripts.train", "--data_root", byte_data, *TINY_BYTES, "--sample_every", 0,
+            "--total_batch_size", 1024, "--max_lr", "1e-3", "--warmup_steps", 0, "--min_lr_ratio",
+            1, "--eval_every", 5]
+    parts = [("one", 1, 1, 15), ("several", ranks, micro_batch_size, 10), ("several", 1, 16, 15)]
+    for name, count, size, max_steps in parts:
+        for done in run_ranks(count, *args, "--log_dir", tmp_path / name,
+                              "--micro_batch_size", size, "--max_steps", max_steps):
+            assert done.returncode == 0, done.stderr
     for split, steps in (("train", range(15)), ("val", (5, 10, 15))):
-        losses, expected = (
-            {step: record["loss"] for step, record in metrics(tmp_path / name, split).items()}
-            for name in ("several", "one"))
-        assert list(losses) == list(steps)
-        assert losses == pytest.approx(expected, abs=tolerance)
-        largest = max(abs(losses[step] - expected[step]) for step in steps)
-        print(f"{ranks} ranks, micro-batch {micro_batch_size}, {precision}: largest difference of "
-              f"{split} losses {largest:.1e}")
+        one, several = (metrics(tmp_path / name, split) for name in ("one", "several"))
+        assert list(several) == list(steps)
+        largest = max(abs(one[step]["loss"] - several[step]["loss"]) for step in steps)
+        print(f"{ranks} ranks, micro-batch {micro_batch_size}: largest difference of {split} "
+              f"losses {largest:.1e}")
+        assert largest < 1e-5
 
 
 def test_ranks_take_the_sequences_of_a_step_in_order(byte_data):
     """Micro-step by micro-step, and within each rank by rank."""
-    args = dict(data_root=byte_data, split="train", seq_len=32, vocab_size=256,
-                total_batch_size=256)
-    ranks = [DataLoaderLite(**args, micro_batch_size=2, rank=rank, world_size=2)
-             for rank in range(2)]
+    loader = partial(DataLoaderLite, byte_data, "train", seq_len=32, vocab_size=256,
+                     total_batch_size=256)
+    ranks = [loader(micro_batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     parts = [rank.batch(5, micro_step)[0] for micro_step in range(2) for rank in ranks]
-    whole = DataLoaderLite(**args, micro_batch_size=8).batch(5, 0)[0]
+    whole, _ = loader(micro_batch_size=8).batch(5, 0)
     assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("evaluation SIGSTOP", "Ranks? 1 failed to pass monitoredBarrier"),
+    ("evaluation SIGSTOP", "Ranks? 1 failed to pass monitoredBarrier in 2000 ms"),
     ("step SIGKILL", ""),
-    ("step error", "error: injected"),
-    ("evaluation nan", "error: step 6: validation loss nan")])
-def test_faulty_rank_ends_the_run(byte_data, tmp_path, fault, message):
-    """Hung, dead, failed, or with NaN weights: both ranks end, and nothing is saved."""
-    timeout = 10 if fault == "evaluation SIGSTOP" else 600
-    ranks = start_ranks(2, "tests/fault_injection.py", *train_args(byte_data, tmp_path)[2:],
-                        "--max_steps", "8", "--save_every", "4", "--eval_every", "2",
-                        "--rank_timeout", timeout, FAULT=fault)
+    ("step crash", "RuntimeError: injected")])
+def test_faulty_rank_ends_the_run(args, tmp_path, fault, message):
+    """Hung, dead or failed: both ranks end, and nothing is saved. A hung one is named after
+    --rank_timeout (1,200 s, of which fault_injection.py leaves 2)."""
+    ranks = start_ranks(2, "tests/fault_injection.py", *args, "--rank_timeout", 1200, FAULT=fault)
     first = ranks[0].result()
-    if fault == "evaluation SIGSTOP":
+    if "SIGSTOP" in fault:
         os.kill(ranks[1].pid, signal.SIGKILL)
     second = ranks[1].result()
     assert first.returncode != 0 != second.returncode
@@ -106,64 +93,50 @@ def test_faulty_rank_ends_the_run(byte_data, tmp_path, fault, message):
     assert last_step(tmp_path) == 4
 
 
-def test_signal_to_any_rank_stops_all_at_one_step(byte_data, tmp_path):
-    done = run_ranks(2, "tests/fault_injection.py", *train_args(byte_data, tmp_path)[2:],
-                     FAULT="step SIGTERM")
-    assert [rank.returncode for rank in done] == [143, 143]
-    assert re.findall(r"stopped at step (\d+)", done[0].stdout) == ["7"]
+def test_signal_to_any_rank_stops_all_at_one_step(args, tmp_path):
+    """Only rank 0 prints."""
+    first, second = run_ranks(2, "tests/fault_injection.py", *args, FAULT="step SIGTERM")
+    assert first.returncode == second.returncode == 143
+    assert "stopped at step 7 " in first.stdout
+    assert not second.stdout
     assert last_step(tmp_path) == 7
 
 
-def test_value_that_only_one_rank_has_differs(monkeypatch):
-    """Such as a shard that another rank does not see."""
-    ranks = Ranks(1, 2, torch.device("cpu"))
-    for expected, values in (({"a": 1}, {"a": 1, "b": 2}), ({"a": 1, "b": 2}, {"a": 1})):
-        monkeypatch.setattr(ranks, "broadcast", lambda _, expected=expected: expected)
-        with pytest.raises(UserError, match="rank 1 has b "):
-            ranks.assert_equal(values)
-
-
-def test_every_rank_prints_its_user_error(byte_data, tmp_path):
-    """An error on all ranks, or different flags on one rank. Nothing is written."""
-    for done in run_ranks(2, *train_args("missing", tmp_path / "log")):
-        assert_user_error(done, "data_root 'missing' has no train_*.npy")
-    _, second = run_ranks(2, *train_args(byte_data, tmp_path / "log"),
-                          rank_args={1: ["--max_lr", "1"]})
+def test_rank_with_other_settings_prints_the_difference(args, tmp_path):
+    _, second = run_ranks(2, "-m", "scripts.train", *args, rank_args={1: ["--max_lr", 1]})
     assert_user_error(second, "rank 1 has max_lr 1.0, rank 0 has 0.01: start all ranks")
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.glob("*.pt"))
 
 
-def test_torchrun_restarts_the_job_when_a_rank_dies(byte_data, tmp_path, monkeypatch):
-    """torchrun names the dead rank; the job resumes from the last checkpoint, and ends like an
-    uninterrupted one."""
-    args = ["--data_root", byte_data, *RUN, "--log_dir"]
-    whole = run_ranks(2, "-m", "scripts.train", *args, tmp_path / "whole")
-    assert whole[0].returncode == 0
+def test_torchrun_restarts_the_job_when_a_rank_dies(args, tmp_path, monkeypatch):
+    """It resumes from the last checkpoint and ends like an uninterrupted one."""
+    for done in run_ranks(2, "-m", "scripts.train", *args, "--log_dir", tmp_path / "whole"):
+        assert done.returncode == 0, done.stderr
     monkeypatch.setenv("FAULT", "step SIGKILL")
     process = start("torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
-                    "tests/fault_injection.py", *args, tmp_path / "killed")
-    printed = process.communicate(timeout=200)[0]
+                    "tests/fault_injection.py", *args, "--log_dir", tmp_path / "killed")
+    printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    assert re.search(r"failed \(exitcode: -9\) local_rank: 1", printed), printed
-    assert re.search(r"resuming from .*/model_00004.pt at step 4 of 12\n", printed)
+    assert "model_00004.pt at step 4 of 12\n" in printed
     assert_same_results(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("signum, message", [(signal.SIGTERM, r"stopped at step \d+ of"),
+@pytest.mark.parametrize("signum, message", [(signal.SIGTERM, "stopped at step "),
                                              (signal.SIGKILL, "error: torchrun has exited")])
-def test_ranks_exit_with_torchrun(byte_data, tmp_path, signum, message):
+def test_ranks_exit_with_torchrun(args, byte_data, tmp_path, signum, message):
     """A preempted job stops at one step and saves; no orphaned rank trains on and holds the lock of
     log_dir."""
-    args = train_args(byte_data, tmp_path, "--max_steps", "100000")
-    process = start("torchrun", "--standalone", "--nproc_per_node=2", "scripts/train.py", *args[2:])
+    args += ["--eval_every", 0, "--save_every", 0, "--max_steps"]
+    process = start("torchrun", "--standalone", "--nproc_per_node=2", "scripts/train.py", *args,
+                    100_000)
     printed = ""
     for line in process.stdout:  # until the last rank has closed it
         printed += line
         if line.startswith("step 5 "):
             process.send_signal(signum)
     assert process.wait() != 0
-    assert re.search(message, printed), printed
+    assert message in printed
     step = last_step(tmp_path)
-    assert run(*args, "--max_steps", str(step + 1)).returncode == 0
-    assert list(metrics(tmp_path, "train")) == list(range(step + 1))
     assert (step > 5) == (signum == signal.SIGTERM)
+    assert run("-m", "scripts.train", *args, step + 1).returncode == 0
+    assert list(metrics(tmp_path, "train")) == list(range(step + 1))
