@@ -6,69 +6,58 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt.device import (
-    find_micro_batch_size,
-    select_compile,
-    select_device,
-    select_precision,
-)
+from gpt.device import find_micro_batch_size, select_compile, select_device, select_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("capabilities, precision", [
-    ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "float32")])
-def test_auto_precision_on_a_cpu_is_bf16_if_native(monkeypatch, capabilities, precision):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert select_precision("auto", CPU) == precision
-    assert select_precision("fp16", CPU) == "fp16"
-    assert select_precision("auto", torch.device("mps")) == "float32"
+@pytest.mark.parametrize("capability, expected", [("amx_bf16", "bf16"), ("avx512_f", "float32")])
+def test_auto_precision_on_a_cpu_is_bf16_if_native(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    assert select_precision("auto", CPU) == expected
 
 
-@pytest.mark.parametrize("capability, precision", [((8, 0), "bf16"), ((7, 5), "fp16")])
-def test_auto_precision_on_a_gpu_follows_its_generation(monkeypatch, capability, precision):
+@pytest.mark.parametrize("capability, expected", [((8, 0), "bf16"), ((7, 5), "fp16")])
+def test_auto_precision_on_a_gpu_follows_its_generation(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert select_precision("auto", GPU) == precision
+    assert select_precision("auto", GPU) == expected
 
 
-def test_auto_compiles_on_volta_and_later_with_triton_and_a_compiler(monkeypatch):
-    """Slim containers have no compiler. On a CPU it compiles only if requested."""
-    def auto(*programs, capability=(7, 0), has_triton=True):
-        triton = SimpleNamespace(__spec__="installed") if has_triton else None
-        monkeypatch.setattr("shutil.which", lambda name: name if name in programs else None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setitem(sys.modules, "triton", triton)
-        return select_compile("auto", GPU)
-
+@pytest.mark.parametrize("missing", ["", "Volta", "Triton", "a compiler"])
+def test_auto_compiles_on_volta_and_later_with_triton_and_a_compiler(monkeypatch, missing):
+    """Slim containers have no compiler."""
+    capability = (6, 1) if missing == "Volta" else (7, 0)
+    triton = None if missing == "Triton" else SimpleNamespace(__spec__="installed")
+    compiler = None if missing == "a compiler" else "clang"
     monkeypatch.delenv("CC", raising=False)
-    assert auto("clang") is auto("gcc") is True
-    assert auto("gcc", capability=(6, 1)) is auto("gcc", has_triton=False) is auto() is False
-    monkeypatch.setenv("CC", "clang")
-    assert auto("clang") and not auto("gcc")
-    assert select_compile("auto", CPU) is select_compile(False, GPU) is False
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("shutil.which", lambda name: name == compiler)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    assert select_compile("auto", GPU) is not bool(missing)
+
+
+def test_cpu_compiles_only_if_requested():
+    assert select_compile("auto", CPU) is False
     assert select_compile(True, CPU) is True
 
 
-@pytest.mark.parametrize("limit, expected", [(1000, 96), (95, 64), (20, 16), (5, 4), (0, 1)])
+@pytest.mark.parametrize("limit, expected", [(1000, 96), (95, 64), (0, 1)])
 def test_micro_batch_is_the_largest_divisor_that_fits(limit, expected):
     """Of 192 sequences, at most 100 at a time, on a device with room for `limit`."""
-    tried = []
-
-    def fits(size):
-        tried.append(size)
-        return size <= limit
-
-    assert find_micro_batch_size(192, range(100, 1, -1), fits) == expected
-    assert all(192 % size == 0 for size in tried)
+    sizes = range(100, 1, -1)
+    assert find_micro_batch_size(192, sizes, lambda size: size <= limit) == expected
 
 
-def test_auto_device_prefers_cuda_then_mps(monkeypatch):
+@pytest.mark.parametrize("has_cuda, expected", [(True, "cuda"), (False, "mps")])
+def test_auto_device_prefers_cuda_then_mps(monkeypatch, has_cuda, expected):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # an old driver, for example
-    assert select_device("auto").type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert select_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    assert select_device("auto").type == expected
+
+
+def test_selected_gpu_is_the_current_one(monkeypatch):
     chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert select_device("cuda:1") == torch.device("cuda", 1) == chosen[0]
+    assert select_device("cuda:1") == chosen[0] == torch.device("cuda", 1)

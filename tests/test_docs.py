@@ -1,5 +1,6 @@
 """README.md and docs/: their commands have valid flags and run as they stand."""
 
+import math
 import os
 import re
 import shlex
@@ -17,8 +18,7 @@ from scripts.train import TrainConfig
 from tests.conftest import ROOT, TEXT
 
 NAMES = ["training", "generation", "evaluation", "data", "position", "numbers", "speed", "laptop",
-         "not_here",
-         "cluster", "troubleshooting"]
+         "cluster", "troubleshooting", "not_here"]  # in the order of the commands
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 STARTS = r"(\w+=\S+ |timeout .*)?(python3?|torchrun|sbatch|make|pip|\.) "  # of shell commands
 
@@ -33,17 +33,17 @@ def commands(language: str, block: str) -> list[str]:
 
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-COMMANDS = [(page.name, command) for page in PAGES
-            for language, block in BLOCK.findall(page.read_text())
+COMMANDS = [command for page in PAGES for language, block in BLOCK.findall(page.read_text())
             for command in commands(language, block)]
-TRAINING = [(page, shlex.split(line, comments=True)) for page, line in COMMANDS
-            if re.search(r"scripts[./]train\b|configs/slurm\.sh", line)]
+TRAINING = [command for command in COMMANDS
+            if re.search(r"scripts[./]train\b|configs/slurm\.sh", command)
+            and "--help" not in command]
 # Commands that a CPU without a network cannot run, or that take longer than all others together.
 NOT_RUN = {
     "installation": r"^(make|pip|\.|python3) |requirements",
     "eight GPUs, or GPT-2 124M at full length":
         r"nproc_per_node=8|sbatch|--nnodes|scripts\.train$|log_124M",
-    "the Hugging Face Hub": r"\bgpt2(-xl)?( |$)|finetune_shakespeare|tinystories",
+    "the Hugging Face Hub": r"\bgpt2(-xl)?( |$)|finetune_shakespeare|tinystories|fineweb",
     "benchmarks": r"benchmarks|bench generate|-m pytest",
 }
 
@@ -53,42 +53,21 @@ def test_docs_pages_are_all_listed():
     assert sorted(PAGES[1:]) == sorted(ROOT.glob("docs/*.md"))
 
 
-def test_quoted_messages_exist():
-    """Each message in the tables of troubleshooting.md, up to its `…`, is in the source."""
-    source = " ".join(path.read_text() for folder in ("gpt", "scripts")
-                      for path in ROOT.glob(f"{folder}/*.py"))
-    source = re.sub(r'"\s*\n\s*f?"', "", source)  # string literals over several lines
-    source = re.sub(r"\{[^{}]*\}", "…", source)
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    symptoms = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
-    parts = [part.strip(" :`'") for text in symptoms
-             for part in re.split(r"…|warning: |`, `|'[a-z_]+'", text)]
-    assert len(symptoms) > 15
-    assert [part for part in parts if part and part not in source] == []
-
-
-@pytest.mark.parametrize("page, argv", TRAINING,
-                         ids=lambda value: value if isinstance(value, str) else "")
-def test_documented_train_command_has_divisible_batch(page, argv):
+@pytest.mark.parametrize("command", TRAINING)
+def test_documented_train_command_has_divisible_batch(command):
     """With the number of ranks that the command starts, its flags and its --config."""
-    pairs = (word.split("=") for word in argv if "=" in word)
-    numbers = {flag: int(value) for flag, value in pairs if value.isdigit()}
-    nodes = numbers.get("--nnodes", numbers.get("--nodes", 2 if "configs/slurm.sh" in argv else 1))
-    world_size = nodes * numbers.get("--nproc_per_node", 8 if "configs/slurm.sh" in argv else 1)
-    scripts = ("scripts.train", "scripts/train.py", "configs/slurm.sh")
-    at = next(i for i, word in enumerate(argv) if word in scripts)
-    flags = argv[at + 1:]
-    if "--help" not in flags:
-        config = parse_args(TrainConfig, flags)
-        micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
-        assert grad_accum_steps(config.total_batch_size, micro_batch_size, config.seq_len,
-                                world_size) >= 1
+    ranks = [32] if "sbatch" in command else []  # up to four nodes, see configs/slurm.sh
+    ranks += map(int, re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", command))
+    flags = re.split(r"scripts[./]train(?:\.py)?|configs/slurm\.sh", command)[1]
+    config = parse_args(TrainConfig, shlex.split(flags, comments=True))
+    micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    grad_accum_steps(config.total_batch_size, micro_batch_size, config.seq_len,
+                     world_size=math.prod(ranks))
 
 
-@pytest.mark.slow
-def test_documented_commands_run(tmp_path):
-    """All but NOT_RUN, with the Python examples, in the order of the pages, in a copy of the
-    repository."""
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """Return a copy of the repository, with the files that the pages take for granted."""
     repo = tmp_path / "a clone"
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
                            check=True)
@@ -96,20 +75,27 @@ def test_documented_commands_run(tmp_path):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     (repo / "my_text.txt").write_text(TEXT.read_text() * 5)
-    for folder in ("books", "crawl"):
-        (repo / folder).mkdir()
+    (repo / "books").mkdir()
     shutil.copy(TEXT, repo / "books")
+    (repo / "crawl").mkdir()
     rows = "".join(f'{{"text": "Document {i} of a crawl."}}\n' for i in range(100))
     with pyarrow.output_stream(str(repo / "crawl" / "a.jsonl.zst"), compression="zstd") as file:
         file.write(rows.encode())
+    return repo
+
+
+@pytest.mark.slow
+def test_documented_commands_run(clone):
+    """All but NOT_RUN, with the Python examples, in the order of the pages."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    selected = [(page, command) for page, command in COMMANDS
+    selected = [command for command in COMMANDS
                 if not any(re.search(pattern, command) for pattern in NOT_RUN.values())]
     assert len(selected) > 30
-    for page, command in selected:
-        print(f"{page}: {command}", flush=True)
+    for command in selected:
+        print(command, flush=True)
         compares = "torch.equal" in command  # position.md: a killed and an uninterrupted run
-        done = subprocess.run(command, shell=True, cwd=repo, env=env, stdin=subprocess.DEVNULL,
+        done = subprocess.run(command, shell=True, cwd=clone, env=env, stdin=subprocess.DEVNULL,
                               text=True, stdout=subprocess.PIPE if compares else None)
-        assert done.returncode == (137 if "KILL" in command else 0), command
+        statuses = [0, 137] if "KILL" in command else [0]  # a fast machine finishes before the kill
+        assert done.returncode in statuses, command
         assert done.stdout == ("True\n" if compares else None)
