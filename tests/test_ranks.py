@@ -3,13 +3,10 @@
 import os
 import re
 import signal
-from functools import partial
 
 import pytest
-import torch
 
 from gpt import checkpoint
-from gpt.dataloader import DataLoaderLite
 from gpt.distributed import init_ranks
 from tests.conftest import (
     RUN,
@@ -64,16 +61,6 @@ def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size):
         print(f"{ranks} ranks, micro-batch {micro_batch_size}: largest difference of {split} "
               f"losses {largest:.1e}")
         assert largest < 1e-5
-
-
-def test_ranks_take_the_sequences_of_a_step_in_order(byte_data):
-    """Micro-step by micro-step, and within each rank by rank."""
-    loader = partial(DataLoaderLite, byte_data, "train", seq_len=32, vocab_size=256,
-                     total_batch_size=256)
-    ranks = [loader(micro_batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-    parts = [rank.batch(5, micro_step)[0] for micro_step in range(2) for rank in ranks]
-    whole, _ = loader(micro_batch_size=8).batch(5, 0)
-    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("fault, message", [
