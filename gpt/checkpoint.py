@@ -166,8 +166,15 @@ def load_checkpoint(source: str | Path) -> dict:
     path = Path(source)
     if path.is_dir() and (latest := load_latest(path, print_to_stderr)):
         return latest.model
-    if path.is_file() and path.suffix != ".safetensors" or path.suffix == ".pt":
-        checkpoint = convert_nanogpt(load_pt(path))
+    if path.suffix == ".safetensors":
+        source = path.parent
+        checkpoint = pretrained.load_pretrained(source)
+    elif path.is_file() or path.suffix == ".pt":
+        checkpoint = load_pt(path)
+        try:
+            checkpoint = convert_nanogpt(checkpoint)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {path} is not one of nanoGPT's ({error!r})") from None
     else:
         checkpoint = pretrained.load_pretrained(source)
     found = ", ".join(map(str, list(checkpoint)[:8]))
@@ -189,16 +196,18 @@ def convert_nanogpt(checkpoint: dict) -> dict:
     nanoGPT's models compute the exact GELU instead of its tanh approximation: logits differ in the
     third decimal. Without biases, as nanoGPT trains by default, ours are zero.
     """
-    config: Any = checkpoint.get("model_args", checkpoint.get("config"))
-    if isinstance(config, SimpleNamespace):  # build-nanogpt's GPTConfig, see `gpt.files.load_pt`
-        config = vars(config)
-    elif "model_args" not in checkpoint:
+    config = checkpoint.get("model_args")
+    if isinstance(checkpoint.get("config"), SimpleNamespace):  # see `gpt.files.load_pt`
+        config = vars(checkpoint["config"])
+    if config is None:
         return checkpoint
     weights = {}
     for name, weight in checkpoint["model"].items():
         name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-        if name != "lm_head.weight" and not name.endswith(".attn.bias"):  # causal masks
+        if not name.endswith(".attn.bias"):  # a causal mask
             weights[name] = weight
+    if not torch.equal(weights.pop("lm_head.weight"), weights["wte.weight"]):
+        raise ValueError("lm_head.weight differs from wte.weight")
     for name in [*weights]:
         if name.endswith(".weight") and name not in ("wte.weight", "wpe.weight"):
             bias = name.replace("weight", "bias")
@@ -313,18 +322,20 @@ def assert_same_data(latest: Checkpoint, data: dict[str, str], data_root: str) -
 def find_checkpoint(config: CheckpointConfig, verbose: bool = True) -> tuple[str, dict]:
     """Return the name and content of the checkpoint to use; print its name to standard error, and
     whether model_best.pt has a lower validation loss."""
-    if config.checkpoint is not None:
-        source, checkpoint = config.checkpoint, load_checkpoint(config.checkpoint)
-    elif latest := load_latest(config.log_dir, print_to_stderr):
+    folder = config.checkpoint or config.log_dir
+    latest = load_latest(folder, print_to_stderr)
+    if latest:
         source, checkpoint = str(latest.path), latest.model
+    elif config.checkpoint:
+        source, checkpoint = config.checkpoint, load_checkpoint(config.checkpoint)
     else:
         raise UserError(f"no checkpoint in log_dir {config.log_dir!r}: train one with `python -m "
                         f"scripts.train`, or pass --checkpoint")
     if verbose:
         step = f": step {checkpoint['step']}" if checkpoint["step"] else ""
         print_to_stderr(f"{source}{step}")
-        best = Path(config.log_dir) / "model_best.pt"
-        if config.checkpoint is None and best.exists():
+        best = Path(folder) / "model_best.pt"
+        if latest and best.exists():
             losses = [(record["loss"], record["step"]) for record
                       in read_metrics(best.with_name("metrics.jsonl")) if record["split"] == "val"]
             loss, step = min(losses, default=(0, checkpoint["step"]))

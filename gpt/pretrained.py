@@ -40,14 +40,24 @@ def load_pretrained(name_or_path: str | Path) -> dict:
     hf_model, folder = load_hf_model(name_or_path)
     sizes = {name: getattr(hf_model.config, name) for name in SIZES}
     config = GPTConfig(block_size=hf_model.config.n_positions, **sizes)
-    found = hf_model.transformer.state_dict()
+    weights = hf_model.transformer.state_dict()
     del hf_model  # below, memory holds each weight once
-    weights = {}
-    for name in list(found):
-        tensor = found.pop(name)
-        weights[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-    tokenizer = find_tokenizer(folder, config.vocab_size)
+    transpose(weights)
+    for name, tensor in weights.items():
+        if not tensor.sum().isfinite():  # isfinite().all() would allocate booleans
+            raise UserError(f"cannot load {str(name_or_path)!r}: {name} has infinite or NaN values")
+    try:
+        tokenizer = find_tokenizer(folder, config.vocab_size)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"the tokenizer in {folder} is damaged ({error})") from None
     return {"model": weights, "config": asdict(config), "step": 0, "tokenizer": tokenizer}
+
+
+def transpose(weights: dict[str, torch.Tensor]) -> None:
+    """Transpose the matrices of the blocks in place, one after the other; all become float32."""
+    for name in list(weights):
+        tensor = weights.pop(name).float()
+        weights[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
 
 
 def load_hf_model(name_or_path: str | Path) -> tuple[Any, Path]:
@@ -62,25 +72,26 @@ def load_hf_model(name_or_path: str | Path) -> tuple[Any, Path]:
     folder = Path(name_or_path)
     weight_file = folder / "model.safetensors"
     try:
-        logging.disable()  # reports of transformers, about what follows
-        if folder.is_file():
-            raise ValueError("it is a file, pass its folder")
+        logging.disable()  # transformers would report missing weights, too
         if not folder.is_dir():
             folder = download_snapshot(str(name_or_path))
         disable_progress_bar()
+        if not (folder / "config.json").is_file():
+            raise ValueError("it has no config.json")
         settings, _ = GPT2Config.get_config_dict(folder)
         for name, supported in SUPPORTED_VALUES.items():
             value = settings.get(name, supported[0])
             if value not in supported:
                 raise ValueError(f"{name} {value!r} is not supported, expected {supported[0]!r}")
         if weight_file.is_file() and weight_file.stat().st_size < 200:
-            raise ValueError("model.safetensors is a Git LFS pointer, run `git lfs pull`")
-        loader: Any = GPT2LMHeadModel
+            raise ValueError("model.safetensors is empty or a Git LFS pointer, run `git lfs pull`")
+        loader: Any = GPT2LMHeadModel  # its type hints omit the loading info
         model, found = loader.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-        for problem in ("missing_keys", "mismatched_keys"):
-            if found[problem]:
-                raise ValueError(f"{problem.split('_')[0]} weight {min(found[problem])}")
+        for problem in ("missing", "mismatched", "unexpected"):
+            names = [name for name in found[f"{problem}_keys"] if "masked_bias" not in name]
+            if names:
+                raise ValueError(f"{problem} weight {min(names)}")
         if model.lm_head.weight is not model.transformer.wte.weight:
             raise ValueError("lm_head.weight differs from wte.weight, only tied weights are "
                              "supported")
@@ -101,7 +112,7 @@ def download_snapshot(name: str) -> Path:
     patterns = ["*.json", "*.txt", "tokenizer.tiktoken", "model*.safetensors"]
     folder = Path(snapshot_download(name, allow_patterns=patterns))
     if not list(folder.glob("*.safetensors")):
-        snapshot_download(name, allow_patterns="pytorch_model*.bin")
+        snapshot_download(name, allow_patterns="pytorch_model*.bin")  # into the same folder
     return folder
 
 
@@ -130,7 +141,7 @@ def save_pretrained(checkpoint: dict, folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     config, weights = checkpoint["config"], checkpoint["model"]
-    tokenizer = Tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
+    tokenizer = Tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
     end_of_text = tokenizer.end_of_text if tokenizer else None
     settings = {name: config[name] for name in SIZES}
     settings |= dict.fromkeys(("n_positions", "n_ctx"), config["block_size"])  # llama.cpp: n_ctx
@@ -138,11 +149,9 @@ def save_pretrained(checkpoint: dict, folder: Path) -> None:
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text)
     with torch.device("meta"):
         hf_model = GPT2LMHeadModel(GPT2Config(**settings))
-    converted = {}
-    for name in list(weights):
-        tensor = weights.pop(name)
-        converted[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-    hf_model.transformer.load_state_dict(converted, assign=True)
+    weights = {name: weights.pop(name) for name in list(weights)}
+    transpose(weights)
+    hf_model.transformer.load_state_dict(weights, assign=True)
     hf_model.tie_weights()
     disable_progress_bar()
     hf_model.save_pretrained(folder)

@@ -37,7 +37,7 @@ def main(config: PerplexityConfig) -> None:
     _, model, tokenizer = load_model(config, device)
     prepare_for_inference(model, torch.float32)
     T = model.config.block_size
-    stride = config.stride or T // 2
+    stride = config.stride or max(T // 2, 1)
     if not 1 <= stride <= T or config.batch_size < 1:
         raise UserError(f"--stride is {stride} and --batch_size is {config.batch_size}: expected "
                         f"a stride of 1 to {T} (the model's context length) and a batch size "

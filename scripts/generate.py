@@ -5,10 +5,11 @@ Without --prompt it asks for prompts on a terminal, and reads one a line from a 
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -47,14 +48,15 @@ def main(config: GenerateConfig) -> None:
     _, model, tokenizer = load_model(config, device)
     prepare_for_inference(model, getattr(torch, dtype))
     # The default is not None, because tyro parses the prompt `None` as None.
-    prompts = [config.prompt]
+    prompts: Iterable[str] = [config.prompt]
     if config.prompt == GenerateConfig.prompt:
         # An invalid byte in a prompt must not end the session.
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        sys.stdin.reconfigure(errors="replace", newline=None)  # type: ignore[union-attr]
         if os.isatty(0) and os.isatty(1):
             return run_interactive(config, model, tokenizer)
-        if not os.isatty(0):
-            prompts = [line.rstrip("\n") or "\n" for line in sys.stdin] or prompts
+        if not os.isatty(0):  # without input, as under cron, readline returns ""
+            lines = itertools.chain([sys.stdin.readline()], sys.stdin)
+            prompts = (line.rstrip("\n") or "\n" for line in lines)
     for k, prompt in enumerate(prompts):
         if k > 0:
             print(END_OF_TEXT)

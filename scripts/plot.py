@@ -131,13 +131,13 @@ def plot_runs(runs: list[Run], unit: str, loss: str) -> Figure:
         plot_run(panels, run, unit, loss, style, len(runs))
     for key, panel in panels.items():
         panel.set_title(TITLES[key])
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
+        panel.xaxis.set_major_formatter("{x:g}" if unit == "time" else EngFormatter(sep=""))  # 20k
         panel.yaxis.set_major_formatter("{x:,.10g}")  # 0.0006 and 20,000
         # Without the first steps, whose losses are far larger, and rare spikes.
-        late = [values[len(values) // 20:] for run in runs for split in ("train", "val")
-                for _, values in [run.curve(split, key)] if len(values)]
-        if late:
-            low, high = np.percentile(np.concatenate(late), [0.5, 99.5])
+        curves = [run.curve(split, key)[1] for run in runs for split in ("train", "val")]
+        late = np.concatenate([values[len(values) // 20:] for values in curves])
+        if len(late):
+            low, high = np.percentile(late, [0.5, 99.5])
             margin = 0.1 * (high - low) + 0.01 * high
             panel.set_ylim(low - margin if key == loss else 0, high + margin)
     if "acc_norm" in panels:
@@ -154,6 +154,8 @@ def plot_run(panels: dict[str, Any], run: Run, unit: str, loss: str, style: dict
              n_runs: int) -> None:
     """Draw one of `n_runs` runs into the panels."""
     for key, panel in panels.items():
+        if key in ("bits_per_byte", "acc_norm"):  # not of training
+            continue
         steps, values = run.curve("train", key)
         x = run.x(steps, unit)
         if key != "lr":

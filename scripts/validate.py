@@ -47,7 +47,7 @@ def main(config: ValidateConfig) -> int:
                         f"{block_size}, with ids below vocab_size {vocab_size}")
     from transformers import GenerationConfig  # takes seconds
 
-    if Path(config.model).is_file() or any(Path(config.model).glob("model_*.pt")):
+    if Path(config.model).is_file() or any(Path(config.model).glob("model_[0-9]*.pt")):
         with tempfile.TemporaryDirectory() as folder:
             exported = {**checkpoint, "model": model.state_dict(), "tokenizer": None}
             save_pretrained(exported, Path(folder))

@@ -102,11 +102,12 @@ def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, log_dir):
 def test_a_pipe_is_a_list_of_prompts(model, log_dir):
     """One a line; the texts can be told apart by the special token, which ends a sample."""
     done = subprocess.run(command(*map(str, [*COMMAND, log_dir, "--max_new_tokens", "10"])),
-                          input=b"MENENIUS:\ncaf\xe9\n", cwd=ROOT, env=environment(),
+                          input=b"MENENIUS:\r\nMENENIUS:\ncaf\xe9\n", cwd=ROOT, env=environment(),
                           capture_output=True)
     texts = done.stdout.decode().split("\n<|endoftext|>\n")
     assert texts[0] == expected_texts(model, 10, seed=1337)[0], done.stderr
-    assert len(texts) == 2 and texts[1].startswith("caf\ufffd")
+    assert texts[1] == expected_texts(model, 10, seed=1338)[0]
+    assert len(texts) == 3 and texts[2].startswith("caf\ufffd")
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ def test_load_reads_every_file_format(hf_model, tmp_path, file_format):
 def test_from_pretrained_applies_overrides(hf_model, tmp_path):
     """Dropout is set as passed; a smaller block_size keeps the first positions."""
     hf_model.save_pretrained(tmp_path)
+    assert load_checkpoint(tmp_path / "model.safetensors")["config"]["n_embd"] == 24
     model = GPT.from_pretrained(tmp_path, dropout=0.5, block_size=7)
     assert model.config.dropout == 0.5 and not model.training
     assert_same_logits(model, hf_model)
@@ -90,6 +91,8 @@ def test_from_pretrained_applies_overrides(hf_model, tmp_path):
     ({}, {"transformer.wpe.weight": torch.ones(40, 24)}, "mismatched weight"),
     ({}, {"transformer.h.1.mlp.c_fc.bias": None}, "missing weight transformer.h.1.mlp.c_fc.bias"),
     ({}, {"lm_head.weight": torch.ones(97, 24)}, "lm_head.weight differs"),
+    ({}, {"transformer.wpe.weight": torch.full((48, 24), torch.nan)}, "infinite or NaN"),
+    ({"n_layer": 1}, {}, "unexpected weight transformer.h.1."),
 ])
 def test_load_rejects_unsupported_models_by_name(hf_model, tmp_path, settings, tensors, message):
     hf_model.save_pretrained(tmp_path)
@@ -104,17 +107,17 @@ def test_load_rejects_unsupported_models_by_name(hf_model, tmp_path, settings, t
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n"
 
 
-@pytest.mark.parametrize("name, content, source, message", [
-    ("model.safetensors", POINTER, ".", "Git LFS pointer, run `git lfs pull`"),
-    ("model.safetensors", b"", "model.safetensors", "it is a file, pass its folder"),
-    ("README.md", b"", "missing", "cannot load"),
+@pytest.mark.parametrize("name, content, message", [
+    ("model.safetensors", POINTER, "Git LFS pointer, run `git lfs pull`"),
+    ("tokenizer.json", b"{", "the tokenizer in .* is damaged"),
 ])
-def test_load_names_what_is_wrong_with_a_folder(hf_model, tmp_path, name, content, source,
-                                                message):
+def test_load_names_what_is_wrong_with_a_folder(hf_model, tmp_path, name, content, message):
+    if name == "tokenizer.json":
+        hf_model.save_pretrained(tmp_path)
     hf_model.config.save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"^.*{message}.*$"):
-        load_checkpoint(tmp_path / source)
+        load_checkpoint(tmp_path)
 
 
 def test_load_names_an_unreachable_hub(monkeypatch):
@@ -175,6 +178,7 @@ def run_dir(tmp_path_factory):
     """Return a log_dir with the checkpoint and the log of a run,
     and its export by scripts.export."""
     folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.2))
     for parameter in model.parameters():  # biases too
         torch.nn.init.normal_(parameter, std=0.3)
