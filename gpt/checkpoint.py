@@ -193,8 +193,8 @@ def load_checkpoint(source: str | Path) -> dict:
 def convert_nanogpt(checkpoint: dict) -> dict:
     """Return a checkpoint of nanoGPT or build-nanogpt as one of ours; any other as it is.
 
-    nanoGPT's models compute the exact GELU instead of its tanh approximation: logits differ in the
-    third decimal. Without biases, as nanoGPT trains by default, ours are zero.
+    nanoGPT's models compute the exact GELU instead of its tanh approximation, so logits differ
+    slightly. Biases that it trained without are zero.
     """
     config = checkpoint.get("model_args")
     if isinstance(checkpoint.get("config"), SimpleNamespace):  # see `gpt.files.load_pt`

@@ -154,7 +154,7 @@ def temporary_copy(lines: Iterable[bytes], name: str = "") -> Any:
 
 
 def extension(path: str) -> str:
-    """Return the lower-case extension of a path, without that of a compression."""
+    """Return the extension of a path in lower case, ignoring .gz and the like."""
     stem, suffix = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSION else suffix
 

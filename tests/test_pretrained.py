@@ -128,7 +128,7 @@ def test_load_names_an_unreachable_hub(monkeypatch):
 
 @pytest.mark.parametrize("repository", ["nanoGPT", "nanoGPT without biases", "build-nanogpt"])
 def test_checkpoints_of_nanogpt_are_loaded(tmp_path, monkeypatch, repository):
-    """With the names, the kinds of values and the padded vocabulary of its own files."""
+    """The files here have the same names, types and padded vocabulary as theirs."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=8))
     for parameter in model.parameters():
