@@ -86,7 +86,7 @@ def main() -> int:
     nanogpt = shlex.quote(args.nanogpt or "")
     for B in (16, 64) if args.nanogpt else ():
         shape = "2,32,2,300,2,32" if quick else f"12,768,12,50257,{B},1024"
-        name, words = f"nanoGPT, {B} x 1024", f"--peer --nanogpt {nanogpt} --shape {shape}"
+        name, words = f"nanoGPT, {B} x 1024", f"--peer bf16 --nanogpt {nanogpt} --shape {shape}"
         if printed := measure(name, f"benchmarks.peers {words}"):
             print(f"{name:<28}{float(printed.split()[-1]):>12.0f}", flush=True)
     print(f"\ngeneration, 128 tokens\n"
