@@ -2,7 +2,7 @@
 # make test        install, run the tests
 # make test-slow   the tests that take minutes
 # make lint        ruff and mypy
-# make gpu-check   measure a GPU for ten minutes
+# make gpu-check   measure a GPU for five minutes
 #
 #   make train CONFIG=configs/shakespeare.yaml   another config
 #   make train PYTHON=python3.12                 instead of python3 for creating .venv

@@ -166,16 +166,14 @@ class KVCache:
         self.positions = torch.zeros_like(self.rows)  # (B, T), of the tokens that the model runs on
         self.n_keys = 0  # how many keys they see
 
-    def update(self, layer: int, k: torch.Tensor,
-               v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values (B, n_head, T, head size) of tokens at `positions` and return the
-        first `n_keys` of the layer."""
+    def update(self, layer: int, kv: torch.Tensor) -> torch.Tensor:
+        """Write keys and values `kv` (2, B, n_head, T, head size) of tokens at `positions` and
+        return the first `n_keys` of the layer."""
         if layer == len(self.layers):
-            self.layers.append(k.new_zeros(self.shape))
-        keys, values = self.layers[layer]
-        keys[self.rows, :, self.positions] = k.transpose(1, 2)
-        values[self.rows, :, self.positions] = v.transpose(1, 2)
-        return keys[:, :, :self.n_keys], values[:, :, :self.n_keys]
+            self.layers.append(kv.new_zeros(self.shape))
+        cache = self.layers[layer]
+        cache[:, self.rows, :, self.positions] = kv.permute(1, 3, 0, 2, 4)  # (B, T, 2, n_head, D)
+        return cache[:, :, :, :self.n_keys]
 
 
 def prefill(model: GPT, cache: KVCache, rows: list[list[int]]) -> torch.Tensor:

@@ -67,9 +67,10 @@ class CausalSelfAttention(nn.Module):
                 layer: int = 0) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # each (B, n_head, T, D)
         if kv_cache is not None:
-            k, v = kv_cache.update(layer, k, v)  # now with earlier tokens
+            k, v = kv_cache.update(layer, qkv[1:])  # now with earlier tokens
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
