@@ -2,7 +2,7 @@
 # make test        install, run the tests
 # make test-slow   the tests that take minutes
 # make lint        ruff and mypy
-# make gpu-check   measure a GPU for five minutes
+# make gpu-check   test and measure a CUDA GPU, ten minutes
 #
 #   make train CONFIG=configs/shakespeare.yaml   another config
 #   make train PYTHON=python3.12                 instead of python3 for creating .venv
@@ -32,8 +32,8 @@ test: $(VENV)/ready-dev
 test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -m slow
 
-# Without .venv: python3 -m benchmarks.gpu_check
 gpu-check: $(VENV)/ready-dev
+	$(RUN) -m pytest -n0 -m cuda
 	$(RUN) -m benchmarks.gpu_check
 
 lint: $(VENV)/ready-dev

@@ -1,4 +1,4 @@
-"""Measure a CUDA GPU in about five minutes: python -m benchmarks.gpu_check, or make gpu-check
+"""Measure a CUDA GPU in about five minutes: python -m benchmarks.gpu_check
 
 Measures training steps and generation of GPT-2 124M. --nanogpt PATH measures nanoGPT, too.
 If a part fails, its last error is printed, the others still run, and the exit status is 1.

@@ -1,5 +1,4 @@
-"""Tests that need a CUDA GPU, on commands as typed:
-`make gpu-check`, or `python -m pytest -n0 -m cuda`."""
+"""Tests that need a CUDA GPU, on commands as typed: `python -m pytest -n0 -m cuda`."""
 
 import subprocess
 from functools import partial
