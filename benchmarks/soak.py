@@ -153,9 +153,9 @@ def main() -> None:
                                      random.Random(args.seed), args.ranks)
         assert_equal_runs(folder / "whole", folder / "killed")
     phases = ", ".join(f"{count} while {phase}" for phase, count in sorted(doing.items()))
-    print(f"{args.max_steps} steps on {args.ranks} processes, killed {doing.total()} times in "
+    print(f"{args.max_steps} steps on {args.ranks} rank(s), killed {doing.total()} times in "
           f"{time.time() - began:.0f} s ({phases}): every loss, gradient norm and weight as in the "
-          f"undisturbed run")
+          f"uninterrupted run")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 
-log_dir=${LOG_DIR:-log}               # on a file system shared by all nodes; overrides --log_dir
+log_dir=${LOG_DIR:?set it to a folder for the run, on a file system shared by all nodes}
 gpus=${SLURM_GPUS_ON_NODE:-1}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 newest() { find "$log_dir" -name 'model_[0-9]*.pt' 2>/dev/null | sort -V | tail -n 1; }
