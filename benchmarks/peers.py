@@ -30,13 +30,14 @@ STEPS, WARMUP = 10, 3
 def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, B: int,
             T: int, *, use_bf16: bool) -> float:
     """Return the median tokens/s of nanoGPT's training step on random tokens, compiled on CUDA, as
-    in its train.py, which uses bfloat16 on CUDA and float32 on the CPU."""
+    in its train.py, which rounds the vocabulary up and uses bfloat16 on CUDA, float32 on CPUs."""
     sys.path.insert(0, path)
     nano = importlib.import_module("model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    shape = nano.GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+    padded_vocab_size = -(-vocab_size // 64) * 64
+    shape = nano.GPTConfig(block_size=T, vocab_size=padded_vocab_size, n_layer=n_layer, n_head=n_head,
                            n_embd=n_embd, dropout=0.0, bias=True)
     model: Any = nano.GPT(shape).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
