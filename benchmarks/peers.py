@@ -36,8 +36,8 @@ def nanogpt(path: str, n_layer: int, n_embd: int, n_head: int, vocab_size: int, 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    padded_vocab_size = -(-vocab_size // 64) * 64
-    shape = nano.GPTConfig(block_size=T, vocab_size=padded_vocab_size, n_layer=n_layer, n_head=n_head,
+    padded_size = -(-vocab_size // 64) * 64
+    shape = nano.GPTConfig(block_size=T, vocab_size=padded_size, n_layer=n_layer, n_head=n_head,
                            n_embd=n_embd, dropout=0.0, bias=True)
     model: Any = nano.GPT(shape).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
