@@ -64,38 +64,28 @@ def test_permute_index_equals_its_formula(n, seed, epoch):
     assert sorted(order) == list(range(n))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=30)
 @given(lengths=st.lists(st.integers(0, 90), max_size=3).map(lambda lengths: [*lengths, 24]),
        dtype=st.sampled_from([np.uint16, np.int64, np.uint64, ">u2"]),
-       per_step=st.sampled_from([1, 3, 10]))
-def test_epochs_visit_every_sequence_once(tmp_path_factory, lengths, dtype, per_step):
-    """For any shards (some too short for a sequence) and integer dtypes. Later epochs cut the text
-    at other places."""
+       micro_batch_size=st.sampled_from([1, 3, 10]), micro_steps=st.integers(1, 3),
+       world_size=st.integers(1, 3))
+def test_epochs_visit_every_sequence_once(tmp_path_factory, lengths, dtype, micro_batch_size,
+                                          micro_steps, world_size):
+    """In an order that depends on the seed alone: ranks share a step micro-step by micro-step and
+    rank by rank. For any shards (some too short for a sequence) and integer dtypes. Later epochs
+    cut the text at other places."""
     folder = tmp_path_factory.mktemp("shards")
-    make_shards(folder, lengths, dtype=dtype)
-    train = loader(folder, micro_batch_size=per_step)
-    n = train.n_sequences
-    seen = [start for step in range(3 * n) for start in starts(train.batch(step, 0))]
+    make_shards(folder, lengths, dtype)
+    total_batch_size = 8 * micro_batch_size * micro_steps * world_size
+    ranks = [loader(folder, micro_batch_size, total_batch_size=total_batch_size, rank=rank,
+                    world_size=world_size, seed=7) for rank in range(world_size)]
+    n = ranks[0].n_sequences
+    seen = [start for step in range(3 * n) for micro_step in range(micro_steps) for rank in ranks
+            for start in starts(rank.batch(step, micro_step))]
     for epoch in range(3):
-        offset = epoch_offset(8, 1337, epoch)
-        assert sorted(seen[epoch * n:(epoch + 1) * n]) == sequence_starts(lengths, offset)
-
-
-def test_sequences_of_a_step_depend_on_seed_and_step_alone(tmp_path):
-    """Ranks share them micro-step by micro-step and rank by rank, in the order that one rank with
-    any micro-batch has."""
-    make_shards(tmp_path, [500, 300, 420])
-
-    def sequences(step, world_size=1, micro_batch_size=12, seed=1337):
-        ranks = [loader(tmp_path, micro_batch_size, total_batch_size=96, rank=rank,
-                        world_size=world_size, seed=seed) for rank in range(world_size)]
-        return [start for micro_step in range(ranks[0].grad_accum_steps) for rank in ranks
-                for start in starts(rank.batch(step, micro_step))]
-
-    for step in (19, 0):
-        for world_size, micro_batch_size in [(1, 1), (2, 3), (12, 1)]:
-            assert sequences(step, world_size, micro_batch_size) == sequences(step)
-    assert sequences(0, seed=1) != sequences(0)
+        in_text = sequence_starts(lengths, epoch_offset(8, 7, epoch))
+        order = permute_index(np.arange(n), n, 7, epoch)
+        assert seen[epoch * n:(epoch + 1) * n] == [in_text[i] for i in order]
 
 
 def test_eval_batches_cover_the_first_tokens_once(tmp_path):

@@ -3,6 +3,7 @@ export, against transformers."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from gpt.checkpoint import load_checkpoint
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.shards import find_shards, open_shard, read_meta, read_tokenizer
+from gpt.shards import read_meta, read_tokenizer
 from gpt.text_files import assign_split
 from gpt.tokenizer import Tokenizer
 from scripts.eval_perplexity import read_data
@@ -46,7 +47,7 @@ def test_tokenizer_learns_from_the_train_split_only(project):
 def test_bits_per_byte_follow_the_formula(project):
     """-log2 of the probability of the validation text, divided by its bytes: comparable across
     tokenizers."""
-    tokens = open_shard(find_shards(project / "data", "val")[0])
+    tokens = np.load(project / "data" / "val_00000.npy")
     n = (len(tokens) - 1) // 32 * 32
     text = Tokenizer.load(project / "data").decode(tokens[1:n + 1])
     n_bytes = len(text.replace("<|endoftext|>", "").encode())
@@ -69,9 +70,8 @@ def test_export_has_the_same_logits_in_transformers_and_loads_again(project):
     torch.testing.assert_close(loaded["model"], saved["model"], rtol=0, atol=0)
     table = Tokenizer.load(project / "tokenizer").merge_table
     assert loaded["tokenizer"] == saved["tokenizer"] == table
-    card, loss = (export / "README.md").read_text(), metrics(project / "log", "val")[3]["loss"]
-    for text in (f"`{project}/data` for 3 steps (768 tokens)", f"Validation loss: {loss:.4f}"):
-        assert text in card
+    loss = metrics(project / "log", "val")[3]["loss"]
+    assert f"Validation loss: {loss:.4f}" in (export / "README.md").read_text()
 
 
 def test_exported_tokenizer_gives_the_same_ids_in_transformers(project):

@@ -39,10 +39,8 @@ def test_sliding_window_losses_equal_the_reference(model, stride):
         expected = reference_losses(model, tokens.tolist(), stride)
         for batch_size in (1, 3):
             batches = sliding_window_losses(model, tokens, stride, batch_size)
-            losses, targets = map(np.concatenate, zip(*batches, strict=True))
+            losses = np.concatenate([losses for losses, _ in batches])
             assert losses == pytest.approx(expected, abs=1e-4), (n, batch_size)
-            if stride < 48:  # otherwise the first token of a window has no prediction
-                assert targets.tolist() == tokens[1:].tolist()
 
 
 def test_eval_perplexity_equals_the_reference(model, gpt2_folder, tmp_path):

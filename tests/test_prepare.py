@@ -54,7 +54,6 @@ def test_prepare_says_what_it_made_and_how_to_train_on_it(tmp_path):
     train, val = (read_split(out, split) for split in ("train", "val"))
     counts = f"{len(train):,} train tokens and {len(val):,} val tokens"
     assert f"Saved {counts} in {out}" in done.stdout, done.stderr
-    assert f"the val text begins: {GPT2.decode(val[1:40]).splitlines()[0]}\n" in done.stdout
     assert done.stdout.endswith(f"python -m scripts.train --data_root '{out}'\n")
     assert f"is complete ({counts}): nothing to do" in run(*PREPARE, text, "--out", out).stdout
     write(text, "another text")
@@ -64,9 +63,8 @@ def test_prepare_says_what_it_made_and_how_to_train_on_it(tmp_path):
 def test_prepare_reads_a_hub_dataset(tmp_path):
     """`datasets` streams it (here from a local folder); its splits become train and val."""
     data, out = tmp_path / "data", tmp_path / "out"
-    for name, i in (("train-00000-of-00002", 0), ("train-00001-of-00002", 10),
-                    ("validation-00000-of-00001", 20)):
-        write(data / f"{name}.jsonl", jsonl(SPEECHES[i:i + 10]))
+    write(data / "train.jsonl", jsonl(SPEECHES[:20]))
+    write(data / "validation.jsonl", jsonl(SPEECHES[20:30]))
     words = ["-m", "scripts.prepare", "--dataset", data, "--out", out, "--val_split"]
     assert_user_error(run(*words, "test"), "Bad split: test", "train", "validation")
     done = run(*words, "validation")
@@ -116,14 +114,11 @@ def test_shards_equal_the_reference_encoding(big, uninterrupted, split):
     rows = [text for text in SPEECHES if assign_split(text, 0.2) == split]
     documents = [*rows * 5, part, *rows * 10]
     assert read_split(uninterrupted, split) == tokens_of(documents)
-    files = list(shards(uninterrupted, split).values())
-    for tokens, following in itertools.pairwise(files):
+    for tokens, following in itertools.pairwise(shards(uninterrupted, split).values()):
         if following[0] == 50256:
             assert len(tokens) <= 50_000
         else:  # the book continues
             assert len(tokens) == 50_000
-    assert read_meta(uninterrupted)["splits"][split] == {
-        "shards": len(files), "documents": len(documents), "tokens": len(tokens_of(documents))}
 
 
 def test_prepare_resumes_after_sigkill_with_identical_shards(big, uninterrupted, tmp_path):
@@ -136,8 +131,6 @@ def test_prepare_resumes_after_sigkill_with_identical_shards(big, uninterrupted,
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         with pytest.raises(UserError, match="incomplete: run `python .* --num_workers 2`"):
             read_meta(out)
-    assert_user_error(run("-m", "scripts.prepare", *words, "--shard_size", "60000"),
-                      "holds other data", "--shard_size was 50000")
     done = run("-m", "scripts.prepare", *words)
     assert done.returncode == 0 and "resuming after" in done.stdout, done.stdout + done.stderr
     assert shards(out) == shards(uninterrupted)

@@ -1,6 +1,5 @@
 """gpt/text_files.py: documents of any format, unchanged, and one line for what is not text."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -90,7 +89,6 @@ def test_tables_keep_every_text_unchanged(tmp_path, name):
     documents = read(write(tmp_path / name, FILES[name]), val_fraction=0.3)
     for split in ("train", "val"):
         assert documents[split] == [text for text in TEXTS if assign_split(text, 0.3) == split]
-    assert len(documents["val"]) > 5
 
 
 def test_folders_are_read_once_without_hidden_files_and_descriptions(tmp_path):
