@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from gpt.checkpoint import load_checkpoint
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.shards import read_meta, read_tokenizer
 from gpt.text_files import assign_split
 from gpt.tokenizer import Tokenizer
 from scripts.eval_perplexity import read_data
@@ -83,15 +82,11 @@ def test_exported_tokenizer_gives_the_same_ids_in_transformers(project):
 
 
 def test_validate_reports_agreement(project):
-    done = run("-m", "scripts.validate", "--model", project / "log", "--prompt", "Hello world")
+    done = run("-m", "scripts.validate", "--model", project / "log")
     assert done.returncode == 0 and "the models agree" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("Hello world") == 2
 
 
-def test_data_of_another_tokenizer_is_rejected(project, tmp_path):
+def test_data_of_another_tokenizer_is_rejected(project):
     """Token ids of one tokenizer are noise to a model trained with another."""
     with pytest.raises(UserError, match="has tokenizer bpe600-.*, but the model has gpt2"):
         read_data(str(project / "data"), Tokenizer())
-    Tokenizer.train(SPEECHES, 500).save(tmp_path)
-    with pytest.raises(UserError, match="names the tokenizer bpe600-.* is bpe500-"):
-        read_tokenizer(tmp_path, read_meta(project / "data"))

@@ -40,7 +40,7 @@ def test_sliding_window_losses_equal_the_reference(model, stride):
         for batch_size in (1, 3):
             batches = sliding_window_losses(model, tokens, stride, batch_size)
             losses = np.concatenate([losses for losses, _ in batches])
-            assert losses == pytest.approx(expected, abs=1e-4), (n, batch_size)
+            assert losses == pytest.approx(expected, abs=1e-4)
 
 
 def test_eval_perplexity_equals_the_reference(model, gpt2_folder, tmp_path):
