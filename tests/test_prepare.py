@@ -14,7 +14,7 @@ from gpt.text_files import assign_split
 from gpt.tokenizer import Tokenizer
 from scripts.prepare import PrepareConfig, main
 from tests.conftest import ROOT, TEXT, assert_user_error, command, run
-from tests.test_text_files import GPT2, SPEECHES, gzip, jsonl, write
+from tests.test_text_files import GPT2, SPEECHES, TEXTS, gzip, jsonl, write
 
 PREPARE = ["-m", "scripts.prepare", "--input"]
 KILL_AT = """
@@ -66,19 +66,20 @@ def test_prepare_reads_a_hub_dataset(tmp_path):
     write(data / "train.jsonl", jsonl(SPEECHES[:20]))
     write(data / "validation.jsonl", jsonl(SPEECHES[20:30]))
     words = ["-m", "scripts.prepare", "--dataset", data, "--out", out, "--val_split"]
-    assert_user_error(run(*words, "test"), "Bad split: test")
+    assert_user_error(run(*words, "test"), "check its name, the split and the network")
     done = run(*words, "validation")
     assert done.returncode == 0, done.stderr
     assert read_split(out, "train") == tokens_of(SPEECHES[:20])
     assert read_split(out, "val") == tokens_of(SPEECHES[20:30])
 
 
-def test_validation_and_output_files_are_not_trained_on(tmp_path):
-    """Both are inside the input folder here; a second run finds the same input."""
-    train, val = SPEECHES[:20], SPEECHES[20:30]
+def test_validation_and_output_files_are_not_trained_on(tmp_path, monkeypatch):
+    """Both are inside the input folder here; a second run finds the same input. Read in many
+    batches. In a document, <|endoftext|> is ordinary text, and half a character becomes U+FFFD."""
+    monkeypatch.setattr("gpt.text_files.READ_SIZE", 50)
+    train, val, out = [*TEXTS, "\ud800"], SPEECHES[40:50], tmp_path / "out"
     write(tmp_path / "a.jsonl", jsonl(train))
     val_file = write(tmp_path / "b.jsonl", jsonl(val))
-    out = tmp_path / "out"
     for _ in range(2):
         main(PrepareConfig(input=[str(tmp_path)], val_input=[str(val_file)], out=str(out)))
     assert (read_split(out, "train"), read_split(out, "val")) == (tokens_of(train), tokens_of(val))

@@ -65,6 +65,7 @@ def test_from_pretrained_applies_overrides(hf_model, folder):
 @pytest.mark.parametrize("settings, tensors, message", [
     ({"activation_function": "gelu"}, {}, "activation_function 'gelu' is not supported"),
     ({"n_layer": 3}, {}, "missing weight transformer.h.2"),
+    ({"n_layer": 1}, {}, "unexpected weight transformer.h.1"),
     ({}, {"transformer.wpe.weight": torch.ones(40, 24)}, "mismatched weight"),
     ({}, {"transformer.wpe.weight": torch.full((48, 24), torch.nan)}, "infinite or NaN"),
     ({}, {"lm_head.weight": torch.ones(97, 24)}, "lm_head.weight differs"),

@@ -55,8 +55,9 @@ def test_decode_returns_any_encoded_text(text):
 
 
 def test_damaged_merge_table_is_rejected():
-    """A checkpoint from elsewhere may hold anything."""
+    """A checkpoint from elsewhere may hold anything: here a byte is missing, a token is there
+    twice, or is not in base64."""
     lines = LEARNED.merge_table.splitlines(keepends=True)
-    for damaged in (lines[1:], [*lines, lines[7]], [*lines[:-1], "!! 498\n"]):
+    for damaged in (["AAAA 0\n", *lines[1:]], [*lines, lines[7]], [*lines[:-1], "!! 498\n"]):
         with pytest.raises(UserError, match="damaged"):
             Tokenizer("".join(damaged))
