@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,12 @@ from gpt.dataloader import grad_accum_steps
 from scripts.cli import parse_args
 from scripts.train import TrainConfig
 from tests.conftest import ROOT, TEXT
+from tests.test_text_files import SPEECHES, jsonl, write
 
 NAMES = ["training", "generation", "evaluation", "data", "position", "numbers", "speed", "laptop",
          "cluster", "troubleshooting", "not_here"]  # in the order of the commands
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
+PAGES = [ROOT / "README.md",
+         *sorted(ROOT.glob("docs/*.md"), key=lambda page: NAMES.index(page.stem))]
 STARTS = r"(\w+=\S+ |timeout .*)?(python3?|torchrun|sbatch|make|pip|\.) "  # of shell commands
 
 
@@ -48,11 +49,6 @@ NOT_RUN = {
 }
 
 
-def test_docs_pages_are_all_listed():
-    """A page that PAGES lacks would not be tested."""
-    assert sorted(PAGES[1:]) == sorted(ROOT.glob("docs/*.md"))
-
-
 @pytest.mark.parametrize("command", TRAINING)
 def test_documented_train_command_has_divisible_batch(command):
     """With the number of ranks that the command starts, its flags and its --config."""
@@ -65,28 +61,16 @@ def test_documented_train_command_has_divisible_batch(command):
                      world_size=math.prod(ranks))
 
 
-@pytest.fixture
-def clone(tmp_path) -> Path:
-    """Return a copy of the repository, with the files that the pages take for granted."""
-    repo = tmp_path / "a clone"
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
-                           check=True)
-    for name in files.stdout.splitlines():
-        (repo / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, repo / name)
-    (repo / "my_text.txt").write_text(TEXT.read_text() * 5)
-    (repo / "books").mkdir()
-    shutil.copy(TEXT, repo / "books")
-    (repo / "crawl").mkdir()
-    rows = "".join(f'{{"text": "Document {i} of a crawl."}}\n' for i in range(100))
-    with pyarrow.output_stream(str(repo / "crawl" / "a.jsonl.zst"), compression="zstd") as file:
-        file.write(rows.encode())
-    return repo
-
-
 @pytest.mark.slow
-def test_documented_commands_run(clone):
-    """All but NOT_RUN, with the Python examples, in the order of the pages."""
+def test_documented_commands_run(tmp_path):
+    """All but NOT_RUN, with the Python examples, in the order of the pages, in a copy of the
+    repository with the files that the pages take for granted."""
+    repo = tmp_path / "a clone"
+    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+        write(repo / name, (ROOT / name).read_bytes())
+    write(repo / "my_text.txt", TEXT.read_text() * 5)
+    write(repo / "books" / "a.txt", TEXT.read_text())
+    write(repo / "crawl" / "a.jsonl.zst", pyarrow.compress(jsonl(SPEECHES), "zstd", asbytes=True))
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     selected = [command for command in COMMANDS
                 if not any(re.search(pattern, command) for pattern in NOT_RUN.values())]
@@ -94,7 +78,7 @@ def test_documented_commands_run(clone):
     for command in selected:
         print(command, flush=True)
         compares = "torch.equal" in command  # position.md: a killed and an uninterrupted run
-        done = subprocess.run(command, shell=True, cwd=clone, env=env, stdin=subprocess.DEVNULL,
+        done = subprocess.run(command, shell=True, cwd=repo, env=env, stdin=subprocess.DEVNULL,
                               text=True, stdout=subprocess.PIPE if compares else None)
         statuses = [0, 137] if "KILL" in command else [0]  # a fast machine finishes before the kill
         assert done.returncode in statuses, command
