@@ -32,11 +32,11 @@ def test_flags_override_yaml_of_every_type(config, tmp_path):
     """PyYAML reads 6e-5 as a string and a tuple as a list. The file alone has an invalid model."""
     path = tmp_path / "run.yaml"
     path.write_text("max_steps: 2\nmax_lr: 6e-5\nbetas: [0.8, 0]\nseq_len: auto\n"
-                    "sample_prompts: [a, 'b c']\nhellaswag_data: null\ntensorboard: true\n"
+                    "sample_prompts: [a, '--x', '-1']\nhellaswag_data: null\ntensorboard: true\n"
                     "compile: false\nmodel:\n  n_embd: 25\n")
     assert parse(f"--max_steps 3 --model.n_head 5 {config.format(path)}") == TrainConfig(
         model=GPTConfig(0, 0, n_head=5, n_embd=25), max_steps=3, max_lr=6e-5, betas=(0.8, 0.0),
-        seq_len="auto", sample_prompts=["a", "b c"], hellaswag_data=None, tensorboard=True,
+        seq_len="auto", sample_prompts=["a", "--x", "-1"], hellaswag_data=None, tensorboard=True,
         compile=False)
 
 
@@ -58,11 +58,6 @@ def test_wrong_flag_or_key_or_value_exits_with_status_2(args, named, monkeypatch
     assert exit_status(lambda config: None, monkeypatch, *args) == 2
     message = capsys.readouterr().err
     assert named in message and "Traceback" not in message
-
-
-def test_help_names_config_files(monkeypatch, capsys):
-    assert exit_status(lambda config: None, monkeypatch, "--help") == 0
-    assert "--config FILE" in capsys.readouterr().out
 
 
 def test_run_cli_exits_with_the_status_of_main(monkeypatch, capsys):

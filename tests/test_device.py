@@ -11,16 +11,16 @@ from gpt.device import find_micro_batch_size, select_compile, select_device, sel
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("capability, expected", [("amx_bf16", "bf16"), ("avx512_f", "float32")])
-def test_auto_precision_on_a_cpu_is_bf16_if_native(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    assert select_precision("auto", CPU) == expected
-
-
-@pytest.mark.parametrize("capability, expected", [((8, 0), "bf16"), ((7, 5), "fp16")])
-def test_auto_precision_on_a_gpu_follows_its_generation(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert select_precision("auto", GPU) == expected
+def test_auto_precision_is_a_16_bit_dtype_if_native(monkeypatch):
+    """Emulated on a CPU, bf16 is several times slower."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert select_precision("auto", GPU) == "fp16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert select_precision("auto", GPU) == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    assert select_precision("auto", CPU) == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert select_precision("auto", CPU) == "bf16"
 
 
 @pytest.mark.parametrize("missing", ["", "Volta", "Triton", "a compiler"])
@@ -34,11 +34,6 @@ def test_auto_compiles_on_volta_and_later_with_triton_and_a_compiler(monkeypatch
     monkeypatch.setattr("shutil.which", lambda name: name == compiler)
     monkeypatch.setitem(sys.modules, "triton", triton)
     assert select_compile("auto", GPU) is not bool(missing)
-
-
-def test_cpu_compiles_only_if_requested():
-    assert select_compile("auto", CPU) is False
-    assert select_compile(True, CPU) is True
 
 
 @pytest.mark.parametrize("limit, expected", [(1000, 96), (95, 64), (0, 1)])

@@ -54,8 +54,7 @@ def test_initial_weights_follow_gpt2():
             expected = 0.02 / 4 if "c_proj" in name else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
         else:
-            is_scale = "ln_" in name and name.endswith("weight")
-            assert torch.all(p == is_scale), name
+            assert torch.all(p == name.endswith("weight")), name
 
 
 def test_dropout_is_off_in_eval_mode():
@@ -75,16 +74,6 @@ def test_attention_under_cpu_autocast_is_within_the_rounding_of_bfloat16(T, mask
     with torch.autocast("cpu", torch.bfloat16):
         y = attention(*qkv.bfloat16(), mask)
     assert (y - expected).norm() < 0.01 * expected.norm()
-
-
-def test_attention_under_cpu_autocast_applies_dropout():
-    """Half of the attention weights are zero and the others doubled:
-    with all values 1 the mean stays 1."""
-    q, v = torch.zeros(4, 4, 32, 8), torch.ones(4, 4, 32, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = attention(q, q, v, dropout_p=0.5)
-    assert y.mean().item() == pytest.approx(1, abs=0.1)
-    assert y.std() > 0.1
 
 
 def test_compiled_loss_has_no_graph_break():

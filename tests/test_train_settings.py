@@ -15,7 +15,7 @@ from gpt.config import GPTConfig
 from gpt.distributed import Ranks
 from gpt.model import GPT
 from scripts.train import TrainConfig, load_data, resolve_auto, resolve_micro_batch_size
-from tests.conftest import RUN, TINY_BYTES, metrics, run_ranks, save_shards, train
+from tests.conftest import TINY_BYTES, metrics, run_ranks, save_shards, train
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 # The settings of a tiny model of bytes.
@@ -34,11 +34,11 @@ def test_tokens_and_epochs_become_steps(byte_data, settings, max_steps):
 
 
 def test_automatic_settings_fit_the_data(tmp_path):
-    """Here the 100 validation tokens; a last shard may be too short for a sequence."""
+    """Here the 100 validation tokens, without a tokenizer for samples. A last shard may be too
+    short for a sequence."""
     save_shards(tmp_path, np.zeros(705, np.uint8), 600, 605)
-    config, tokenizer = resolve_auto(tiny_config(str(tmp_path), seq_len="auto"), RANKS)
+    config, _ = resolve_auto(tiny_config(str(tmp_path), seq_len="auto"), RANKS)
     assert config.seq_len == config.model.block_size == 64
-    assert tokenizer is None
     assert config.sample_every == 0
 
 
@@ -53,15 +53,14 @@ def test_auto_micro_batch_size_is_kept_by_a_resumed_run(old, expected):
     assert config.micro_batch_size == expected
 
 
-def test_patience_ends_a_run_without_improvement(uninterrupted_run, byte_data, tmp_path):
+def test_patience_ends_a_run_without_improvement(uninterrupted_run, args, log_dir):
     """With a checkpoint and status 0, six validations after a low loss at step 2. A rerun on two
     ranks ends on both, although only rank 0 reads the log."""
-    log_dir = shutil.copytree(uninterrupted_run, tmp_path / "log")
+    shutil.copytree(uninterrupted_run, log_dir)
     log = log_dir / "metrics.jsonl"
     log.write_text(re.sub(r'( 2, "split": "val", "loss":) [\d.]+', r"\1 0.5", log.read_text()))
     for ranks in (1, 2):
-        done = run_ranks(ranks, "-m", "scripts.train", "--data_root", byte_data, "--log_dir",
-                         log_dir, *RUN, "--max_steps", 30, "--patience", 6)
+        done = run_ranks(ranks, "-m", "scripts.train", *args, "--max_steps", 30, "--patience", 6)
         assert [rank.returncode for rank in done] == [0] * ranks
         ended = "finished at step 14 of 30: no better loss than 0.5000 in 6 validations"
         assert ended in done[0].stdout
@@ -69,9 +68,7 @@ def test_patience_ends_a_run_without_improvement(uninterrupted_run, byte_data, t
 
 
 def test_overfit_one_batch_reaches_a_low_loss(byte_data, tmp_path):
-    """On the 256 bytes of the first batch, without validation and so without early stopping; on
-    varied text this model's loss stays above 2."""
-    train(byte_data, tmp_path, *TINY_BYTES, "--eval_every", 5, "--patience", 2, "--sample_every", 0,
-          "--max_steps", 120, "--max_lr", "3e-2", "--overfit_one_batch")
+    """On the 256 bytes of the first batch; on varied text this model's loss stays above 2."""
+    flags = "--overfit_one_batch --max_steps 120 --max_lr 3e-2 --sample_every 0"
+    train(byte_data, tmp_path, *TINY_BYTES, *flags.split())
     assert metrics(tmp_path, "train")[119]["loss"] < 0.5
-    assert not metrics(tmp_path, "val")
