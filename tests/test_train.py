@@ -29,7 +29,8 @@ from tests.conftest import (
 def test_run_prints_and_writes_the_documented_lines_and_files(data_root, tmp_path):
     flags = "--max_steps 8 --eval_every 4 --save_every 4 --sample_every 4 --tensorboard"
     done = train(data_root, tmp_path, *flags.split())
-    assert re.search(r"8 steps take about .* at 30% MFU\n(?s:.*)\nstep 0 \| loss: 10\.8", done.stdout)
+    printed = r"8 steps take about .* at 30% MFU\n(?s:.*)\nstep 0 \| loss: 10\.8"
+    assert re.search(printed, done.stdout)
     assert not done.stderr  # no progress bar without a terminal
     assert sorted(path.name for path in tmp_path.glob("[!e]*")) == [
         "config.yaml", "metrics.jsonl", "model_00000.pt", "model_00004.pt", "model_00008.pt",
