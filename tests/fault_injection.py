@@ -1,9 +1,9 @@
-"""Run scripts.train with one fault: FAULT="<place> <action>", such as FAULT="save SIGKILL".
+"""Run scripts.train with one fault: FAULT="<place> <action> ...", such as FAULT="save SIGKILL".
 
 Places: step (at the end of step 5), evaluation (before the second one, of step 4 in conftest.RUN),
 save (as model_00008.pt is renamed into place). Actions: crash, full_disk, replace_folder, or a
-signal that the process sends itself. Of several ranks, the last one has the fault. A job that
-torchrun has restarted has none.
+signal that the process sends itself. Of two ranks, rank 1 has the fault. A job that torchrun has
+restarted has none.
 """
 
 import itertools
@@ -17,9 +17,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts import cli, train  # noqa: E402
 
-PLACE, ACTION = os.environ["FAULT"].split()
+PLACE, *ACTIONS = os.environ["FAULT"].split()
 is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-is_last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+is_faulty_rank = os.environ.get("RANK", "1") == "1"
 evaluations = itertools.count(1)
 
 
@@ -29,26 +29,27 @@ def inject(place, owner, name, is_due):
 
     def faulty(*args):
         if place == PLACE and is_first_start and is_due(*args):
-            if ACTION == "SIGSTOP":  # the other ranks wait long enough to start, but not now
+            if ACTIONS == ["SIGSTOP"]:  # the other ranks wait long enough to start, but not now
                 args[2].timeout /= 600
-            if is_last_rank:
-                act()
+            if is_faulty_rank:
+                for action in ACTIONS:
+                    act(action)
         return original(*args)
 
     setattr(owner, name, faulty)
 
 
-def act():
-    if ACTION == "crash":
+def act(action):
+    if action == "crash":
         raise RuntimeError("injected")
-    if ACTION == "full_disk":  # no file can grow beyond 20 kB
+    if action == "full_disk":  # no file can grow beyond 20 kB
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    elif ACTION == "replace_folder":
+    elif action == "replace_folder":
         folder = Path(sys.argv[sys.argv.index("--log_dir") + 1])
         folder.rename(folder.with_name("moved"))
         folder.mkdir()
     else:
-        os.kill(os.getpid(), signal.Signals[ACTION])
+        os.kill(os.getpid(), signal.Signals[action])
 
 
 inject("step", train, "assert_finite_step", lambda step, *_: step == 5)

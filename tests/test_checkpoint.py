@@ -1,5 +1,6 @@
 """gpt/checkpoint.py and gpt/files.py: saves are atomic, and loads are verified."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ from gpt.checkpoint import (
 from gpt.config import GPTConfig
 from gpt.distributed import Ranks
 from gpt.errors import UserError
-from gpt.files import atomic_write, load_pt
+from gpt.files import load_pt
 from gpt.model import GPT
 from gpt.optim import configure_optimizer
 
@@ -48,19 +49,18 @@ def log_dir(tmp_path):
 
 
 def test_load_latest_returns_the_newest_step(tmp_path):
-    """It ignores model_best.pt, and needs an optimizer file only to resume."""
-    assert load_latest(tmp_path, pytest.fail) is None
+    """It ignores model_best.pt. A missing optimizer file matters only to a run that resumes, which
+    must not start over by accident."""
     manager = make_manager(tmp_path)
-    manager.save(100)
-    manager.save(1000)
-    manager.save_best(1001, val_loss=1.0)
+    manager.save(99_999)
+    manager.save(100_000)
+    manager.save_best(100_001, val_loss=1.0)
     latest = load_latest(tmp_path, pytest.fail, with_optim=True)
-    assert latest.path.name == "model_01000.pt"
-    assert latest.model["step"] == latest.optim["step"] == 1000
+    assert latest.model["step"] == latest.optim["step"] == 100_000
     for path in tmp_path.glob("optim_*.pt"):
         path.unlink()
-    assert load_checkpoint(tmp_path)["step"] == 1000
-    with pytest.raises(UserError, match="none of the 2 checkpoints .*or move them away"):
+    assert load_checkpoint(tmp_path)["step"] == 100_000
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
         load_latest(tmp_path, print, with_optim=True)
 
 
@@ -69,10 +69,9 @@ def test_find_checkpoint_mentions_a_better_one(log_dir, capsys):
     records = ['{"split": "val", "step": 4, "loss": 2}', '{"split": "val", "step": 8, "loss": 3}']
     (log_dir / "metrics.jsonl").write_text("\n".join(records))
     shutil.copy(log_dir / "model_00004.pt", log_dir / "model_best.pt")
-    name, _ = find_checkpoint(CheckpointConfig(log_dir=str(log_dir)))
-    assert name == f"{log_dir}/model_00008.pt"
-    better = f"{log_dir}/model_best.pt: step 4 had a lower validation loss, 2.0000\n"
-    assert capsys.readouterr().err == f"{name}: step 8\n{better}"
+    find_checkpoint(CheckpointConfig(log_dir=str(log_dir)))
+    printed = capsys.readouterr().err
+    assert f"{log_dir}/model_best.pt: step 4 had a lower validation loss, 2.0000\n" in printed
 
 
 class Code:
@@ -83,7 +82,6 @@ class Code:
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("model_00008.pt", b"To be", "is damaged"),
     ("model_00008.pt", {"model": Code()}, "is damaged"),
     ("model_00008.pt", [1, 2], "holds a list"),
     ("model_00008.pt", {"state": 1}, "has no valid model"),
@@ -93,51 +91,39 @@ def test_load_latest_skips_and_names_unusable_checkpoints(log_dir, monkeypatch, 
                                                           message):
     """The older one is returned, and no code runs."""
     monkeypatch.chdir(log_dir)
-    if isinstance(content, bytes):
-        (log_dir / name).write_bytes(content)
-    else:
-        torch.save(content, log_dir / name)
+    torch.save(content, name)
     printed = []
     latest = load_latest(log_dir, printed.append, with_optim=True)
     assert latest.path.name == "model_00004.pt"
-    assert len(printed) == 1 and printed[0].startswith("skipping model_00008.pt: ")
-    assert message in printed[0]
-    assert not (log_dir / "code_was_run").exists()
+    [line] = printed
+    assert line.startswith("skipping model_00008.pt: ") and message in line
+    assert not os.path.exists("code_was_run")
 
 
 def test_load_pt_never_returns_wrong_content_of_damaged_file(log_dir):
-    """Truncated at every tenth, and a bit flipped at 100 places: an error, or no change if only
-    padding was hit."""
+    """Cut off at one of 100 places, or a bit flipped there: an error, or no change if only padding
+    was hit."""
     path, rng = log_dir / "optim_00008.pt", random.Random(0)
     whole, content = path.read_bytes(), load_pt(path)
-    damaged = [whole[:len(whole) * tenth // 10] for tenth in range(10)]
     for at in rng.sample(range(len(whole)), 100):
         flipped = bytes([whole[at] ^ 1 << rng.randrange(8)])
-        damaged.append(whole[:at] + flipped + whole[at + 1:])
-    refused = 0
-    for data in damaged:
-        path.write_bytes(data)
-        try:
-            torch.testing.assert_close(load_pt(path), content, rtol=0, atol=0)
-        except UserError:
-            refused += 1
-    assert refused > 80
+        for damaged in (whole[:at], whole[:at] + flipped + whole[at + 1:]):
+            path.write_bytes(damaged)
+            with contextlib.suppress(UserError):
+                torch.testing.assert_close(load_pt(path), content, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compression, attributes", [
-    (zipfile.ZIP_DEFLATED, 0), (zipfile.ZIP_STORED, 0x10)], ids=["compressed", "folders"])
-def test_load_pt_refuses_what_torch_save_never_writes(log_dir, tmp_path, compression, attributes):
+@pytest.mark.parametrize("name, value", [
+    ("compress_type", zipfile.ZIP_DEFLATED), ("external_attr", 0x10)])
+def test_load_pt_refuses_what_torch_save_never_writes(tmp_path, name, value):
     """Compressed, a few megabytes could unpack to gigabytes; of an entry marked as a folder
     torch.load returns uninitialized memory."""
-    path = tmp_path / "other.pt"
-    with (zipfile.ZipFile(log_dir / "model_00008.pt") as source,
-          zipfile.ZipFile(path, "w", compression) as target):
-        for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry))
-        for entry in target.infolist():
-            entry.external_attr = attributes
-    with pytest.raises(UserError, match="bad entry"):
-        load_pt(path)
+    entry = zipfile.ZipInfo("data.pkl")
+    setattr(entry, name, value)
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr(entry, "To be")
+    with pytest.raises(UserError, match="bad entry data.pkl"):
+        load_pt(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("weight", [
@@ -164,24 +150,16 @@ def test_load_optimizer_keeps_the_settings_of_the_command_line(log_dir):
     assert manager.optimizer.param_groups[0]["weight_decay"] == 0.7
 
 
-@pytest.mark.parametrize("damage", [
-    dict.clear,
-    lambda state: state[0].update(exp_avg=torch.zeros(1)),
-    lambda state: state[0].update(exp_avg=torch.zeros(1).expand(30, 8)),
-    lambda state: state[0].update(exp_avg=torch.zeros(30, 8).half())])
-def test_load_optimizer_refuses_state_that_does_not_fit(log_dir, damage):
+@pytest.mark.parametrize("exp_avg", [
+    None, torch.zeros(1), torch.zeros(1).expand(30, 8), torch.zeros(30, 8).half()])
+def test_load_optimizer_refuses_state_that_does_not_fit(log_dir, exp_avg):
     """PyTorch accepts it, and its fused optimizers then write beyond the end of the tensors."""
     manager = make_manager(log_dir)
     optim = load_pt(log_dir / "optim_00008.pt")
-    damage(optim["optimizer"]["state"])
+    state = optim["optimizer"]["state"]
+    if exp_avg is None:
+        state.clear()
+    else:
+        state[0]["exp_avg"] = exp_avg
     with pytest.raises(UserError, match="optimizer state of step 8 does not match"):
         load_optimizer(optim, manager.optimizer, manager.scaler)
-
-
-def test_atomic_write_keeps_the_old_file_if_writing_fails(tmp_path):
-    (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic_write(tmp_path / "file") as file:
-        file.write(b"new")
-        raise RuntimeError
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 1

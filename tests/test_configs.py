@@ -15,12 +15,10 @@ DATASETS = sorted(ROOT.glob("configs/data/*.yaml"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_run_config_is_consistent(path):
+def test_run_config_is_valid(path):
     """Otherwise a typo would be found after hours of downloading."""
     config = parse_args(TrainConfig, ["--config", str(path)])
-    micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
-    grad_accum_steps(config.total_batch_size, micro_batch_size, config.seq_len, world_size=1)
-    assert config.warmup_steps < config.max_steps
+    grad_accum_steps(config.total_batch_size, 1, config.seq_len, world_size=1)
     prepared = [yaml.safe_load(dataset.read_text())["out"] for dataset in DATASETS]
     assert config.data_root in [*prepared, "shakespeare_data", "shakespeare_data/bpe2048"]
 

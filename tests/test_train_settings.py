@@ -1,67 +1,37 @@
 """Settings of scripts/train.py: automatic ones, early stopping, overfitting one batch."""
 
-import contextlib
 import re
 import shutil
-from functools import partial
-from pathlib import Path
 
 import numpy as np
-import pytest
-import torch
 
-from gpt.checkpoint import Checkpoint
-from gpt.config import GPTConfig
-from gpt.distributed import Ranks
-from gpt.model import GPT
-from scripts.train import TrainConfig, load_data, resolve_auto, resolve_micro_batch_size
-from tests.conftest import RUN, TINY_BYTES, metrics, run_ranks, save_shards, train
-
-RANKS = Ranks(0, 1, torch.device("cpu"))
-# The settings of a tiny model of bytes.
-tiny_config = partial(TrainConfig, model=GPTConfig(0, 256, 1, 1, 8))
+from gpt.files import load_pt
+from tests.conftest import TINY_BYTES, metrics, run_ranks, save_shards, train
 
 
-@pytest.mark.parametrize("settings, max_steps", [({"max_tokens": 1025}, 5),
-                                                 ({"max_epochs": 0.1}, 13)])
-def test_tokens_and_epochs_become_steps(byte_data, settings, max_steps):
-    """0.1 epochs of 998 x 32 bytes are 12.5 steps. Resuming with config.yaml can then raise
-    --max_steps."""
-    config = tiny_config(str(byte_data), seq_len=32, micro_batch_size=4, total_batch_size=256,
-                         **settings)
-    config, *_ = load_data(config, RANKS)
-    assert (config.max_steps, config.max_tokens, config.max_epochs) == (max_steps, 0, 0)
-
-
-def test_automatic_settings_fit_the_data(tmp_path):
-    """Here the 100 validation tokens; a last shard may be too short for a sequence."""
+def test_automatic_settings_fit_the_data_and_stay(tmp_path, log_dir):
+    """The longest sequence for 100 validation tokens. Tokens and epochs become steps, which
+    --max_steps can raise. The micro-batch of a resumed run does not change, so that its losses stay
+    equal."""
     save_shards(tmp_path, np.zeros(705, np.uint8), 600, 605)
-    config, tokenizer = resolve_auto(tiny_config(str(tmp_path), seq_len="auto"), RANKS)
-    assert config.seq_len == config.model.block_size == 64
-    assert tokenizer is None
-    assert config.sample_every == 0
+    flags = "--seq_len auto --total_batch_size 1536 --sample_every 1"
+    changes = ["--micro_batch_size 3 --max_tokens 1537", "--micro_batch_size auto --max_epochs 8.1"]
+    for max_steps, change in zip((2, 4), changes, strict=True):
+        train(tmp_path, log_dir, *TINY_BYTES, *flags.split(), *change.split())
+        config = load_pt(log_dir / f"model_0000{max_steps}.pt")["train_config"]
+        assert config["seq_len"] == 64 and config["micro_batch_size"] == 3
+        assert config["max_steps"] == max_steps
+        assert not config["max_tokens"] and not config["max_epochs"]
 
 
-@pytest.mark.parametrize("old, expected", [(None, 12), (3, 3), (7, 12)])
-def test_auto_micro_batch_size_is_kept_by_a_resumed_run(old, expected):
-    """So that its losses stay equal, if it divides the 24 sequences of a step; else at most 16 on a
-    CPU."""
-    latest = old and Checkpoint(Path(), {"train_config": {"micro_batch_size": old}}, {})
-    config = tiny_config(seq_len=32, total_batch_size=24 * 32)
-    model = GPT(GPTConfig(32, 256, 1, 1, 8))
-    config = resolve_micro_batch_size(config, model, contextlib.nullcontext(), RANKS, latest)
-    assert config.micro_batch_size == expected
-
-
-def test_patience_ends_a_run_without_improvement(uninterrupted_run, byte_data, tmp_path):
+def test_patience_ends_a_run_without_improvement(uninterrupted_run, args, log_dir):
     """With a checkpoint and status 0, six validations after a low loss at step 2. A rerun on two
     ranks ends on both, although only rank 0 reads the log."""
-    log_dir = shutil.copytree(uninterrupted_run, tmp_path / "log")
+    shutil.copytree(uninterrupted_run, log_dir)
     log = log_dir / "metrics.jsonl"
     log.write_text(re.sub(r'( 2, "split": "val", "loss":) [\d.]+', r"\1 0.5", log.read_text()))
     for ranks in (1, 2):
-        done = run_ranks(ranks, "-m", "scripts.train", "--data_root", byte_data, "--log_dir",
-                         log_dir, *RUN, "--max_steps", 30, "--patience", 6)
+        done = run_ranks(ranks, "-m", "scripts.train", *args, "--max_steps", 30, "--patience", 6)
         assert [rank.returncode for rank in done] == [0] * ranks
         ended = "finished at step 14 of 30: no better loss than 0.5000 in 6 validations"
         assert ended in done[0].stdout
@@ -69,9 +39,7 @@ def test_patience_ends_a_run_without_improvement(uninterrupted_run, byte_data, t
 
 
 def test_overfit_one_batch_reaches_a_low_loss(byte_data, tmp_path):
-    """On the 256 bytes of the first batch, without validation and so without early stopping; on
-    varied text this model's loss stays above 2."""
-    train(byte_data, tmp_path, *TINY_BYTES, "--eval_every", 5, "--patience", 2, "--sample_every", 0,
-          "--max_steps", 120, "--max_lr", "3e-2", "--overfit_one_batch")
+    """On the 256 bytes of the first batch; on varied text this model's loss stays above 2."""
+    flags = "--overfit_one_batch --max_steps 120 --max_lr 3e-2"
+    train(byte_data, tmp_path, *TINY_BYTES, *flags.split())
     assert metrics(tmp_path, "train")[119]["loss"] < 0.5
-    assert not metrics(tmp_path, "val")
