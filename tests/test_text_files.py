@@ -185,9 +185,9 @@ def test_what_is_not_text_is_named(tmp_path, monkeypatch, name, content, said):
 
 
 def test_text_gives_the_same_tokens_to_every_command(tmp_path):
-    """Perplexity is measured on the tokens that training would read: of a byte order mark, a long
-    word, millions of spaces (on which tiktoken fails), rows of a compressed table."""
-    word = "x" * 1_200_000 + " " * 3_000_000
+    """Perplexity is measured on the tokens that training would read: of a byte order mark, millions
+    of spaces before a word (on which tiktoken fails), a long word, rows of a compressed table."""
+    word = " " * 3_000_000 + "x" * 1_200_000
     write(tmp_path / "in" / "a.txt", "\ufeff" + word)
     write(tmp_path / "in" / "b.jsonl.gz", gzip(jsonl(SPEECHES)))
     source, out = str(tmp_path / "in"), str(tmp_path / "out")
