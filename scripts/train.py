@@ -319,10 +319,10 @@ def load_data(config: TrainConfig,
                      vocab_size=config.model.vocab_size, seed=config.seed, rank=ranks.rank,
                      world_size=ranks.world_size, device=ranks.device)
     train_loader = loader("train", total_batch_size=config.total_batch_size)
-    ranks.print(f"found {len(train_loader.shards)} shards for split train")
+    ranks.print(f"found {len(train_loader.shards)} shard(s) for split train")
     val_loader = loader("val") if config.eval_every else None
     if val_loader:
-        ranks.print(f"found {len(val_loader.shards)} shards for split val")
+        ranks.print(f"found {len(val_loader.shards)} shard(s) for split val")
     ranks.print(f"using device: {ranks.device}")
     if tokens := config.max_tokens or config.max_epochs * train_loader.epoch_tokens:
         max_steps = math.ceil(tokens / config.total_batch_size)
