@@ -50,7 +50,7 @@ from gpt.hellaswag import Example, evaluate_hellaswag, load_examples
 from gpt.metrics import RunLog
 from gpt.model import GPT
 from gpt.optim import configure_optimizer, get_lr
-from gpt.shards import auto_seq_len, fingerprint, read_meta, read_tokenizer
+from gpt.shards import auto_seq_len, find_shards, fingerprint, read_meta, read_tokenizer
 from gpt.signals import StopHandler
 from gpt.tokenizer import Tokenizer
 from scripts.cli import run_cli
@@ -234,6 +234,7 @@ def resolve_auto(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, Any]:
     """Resolve all settings that are 0 or "auto" and do not depend on the model; return them and the
     data's `Tokenizer`, None if it is unknown."""
     meta = read_meta(config.data_root)
+    find_shards(config.data_root, "train")  # a wrong folder is named before anything it implies
     vocab_size = config.model.vocab_size or meta.get("vocab_size", 50257)
     default = "gpt2" if vocab_size == 50257 else None
     tokenizer = read_tokenizer(config.data_root, {"tokenizer": default, **meta})
