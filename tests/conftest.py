@@ -114,8 +114,8 @@ class Fork:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "tests.conftest", "scripts.cli",
-                                    "gpt.optim", "gpt.checkpoint", "gpt.evaluation",
-                                    "gpt.generation", "gpt.dataloader"])
+                                    "gpt.checkpoint", "gpt.evaluation", "gpt.generation",
+                                    "gpt.dataloader"])
 
     def __init__(self, *words, **variables):
         self.words = list(map(str, words))
@@ -129,9 +129,11 @@ class Fork:
     def result(self):
         """Wait for the process and return what it printed."""
         self.process.join(240)
+        status = self.process.exitcode
         self.process.kill()  # if it hangs
         outputs = [stream.read_text() for stream in self.streams]
-        return subprocess.CompletedProcess(self.words, self.process.exitcode, *outputs)
+        assert status is not None, outputs
+        return subprocess.CompletedProcess(self.words, status, *outputs)
 
     @staticmethod
     def _run(words, variables, stdout, stderr):

@@ -36,7 +36,7 @@ def make_manager(log_dir, weight_decay=0.1):
     optimizer.step()
     return CheckpointManager(log_dir, Ranks(0, 1, torch.device("cpu")), lambda: None, model,
                              optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                             {"tokenizer": None, "train_config": None, "data": None})
+                             metadata={})
 
 
 @pytest.fixture

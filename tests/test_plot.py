@@ -18,7 +18,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 def make_run(name, bytes_per_token=4):
     """Write and read a run of 40 steps, each of 1,000 tokens in half a second."""
     records = [{"step": step, "split": "train", "loss": 5 - step / 20, "lr": 6e-4,
-                "grad_norm": 1 if step else None, "tokens": 1000 * (step + 1),
+                "grad_norm": None if step == 7 else 1, "tokens": 1000 * (step + 1),
                 "tokens_per_s": 2000} for step in range(40)]
     for step, loss in ((10, 4.25), (20, 3.5), (30, 3.75)):
         records.append({"step": step, "split": "val", "loss": loss,

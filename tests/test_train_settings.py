@@ -43,3 +43,10 @@ def test_overfit_one_batch_reaches_a_low_loss(byte_data, tmp_path):
     flags = "--overfit_one_batch --max_steps 120 --max_lr 3e-2"
     train(byte_data, tmp_path, *TINY_BYTES, *flags.split())
     assert metrics(tmp_path, "train")[119]["loss"] < 0.5
+
+
+def test_dropout_differs_in_every_step(byte_data, tmp_path):
+    """Here nothing else does."""
+    flags = "--overfit_one_batch --max_lr 0 --model.dropout 0.5 --max_steps 3"
+    train(byte_data, tmp_path, *TINY_BYTES, *flags.split())
+    assert len({record["loss"] for record in metrics(tmp_path, "train").values()}) == 3
