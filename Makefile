@@ -4,14 +4,14 @@
 # make lint        ruff and mypy
 # make gpu-check   test and measure a CUDA GPU, ten minutes
 #
-#   make train CONFIG=configs/shakespeare.yaml   another config
+#   make train CONFIG=configs/shakespeare.yaml   another config on tiny Shakespeare
 #   make train PYTHON=python3.12                 instead of python3 for creating .venv
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-GPU := $(shell command -v nvidia-smi)
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
 CONFIG ?= $(if $(GPU),configs/shakespeare_gpu.yaml,configs/laptop.yaml)
 LOG = $(or $(shell sed -n 's/^log_dir: *//p' $(CONFIG)),log)
 

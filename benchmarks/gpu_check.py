@@ -37,7 +37,7 @@ def main() -> int:
         if done.returncode == 0:
             return done.stdout
         failed = True
-        return f"failed: {done.stderr.strip()}".splitlines()[-1]
+        return "failed: " + f"{done.returncode}\n{done.stderr.strip()}".splitlines()[-1]
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     print(f"{'':<26}" + "".join(f"{column:>18}" for column in COLUMNS), flush=True)
@@ -50,7 +50,7 @@ def main() -> int:
     for B in (16, 64) if args.nanogpt else ():
         printed = run("peers", "--peer", "bf16", "--nanogpt", args.nanogpt,
                       "--shape", f"12,768,12,50257,{B},1024")
-        print(f"nanoGPT, {B} x 1024: {printed.splitlines()[-1]} tokens/s", flush=True)
+        print(f"nanoGPT, {B} x 1024, tokens/s: {printed.splitlines()[-1]}", flush=True)
     print(run("bench", "generate", "--num_repeats", "3"), flush=True)
     print(f"transformers in float32, batch sizes 1 and 16, tokens/s:\n"
           f"{run('generate', '--peer')}")

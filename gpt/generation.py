@@ -185,7 +185,7 @@ def prefill(model: GPT, cache: KVCache, rows: list[list[int]]) -> torch.Tensor:
     cache.n_keys = padded.shape[1]
     cache.positions = torch.arange(cache.n_keys, device=device).expand(padded.shape)
     x = model.hidden_states(padded.to(device), kv_cache=cache)  # (B, T, C)
-    cache.positions = lengths[:, None]  # a new tensor: earlier graphs would read the old one
+    cache.positions = lengths[:, None]
     return model.lm_head(x[cache.rows[:, 0], lengths - 1]).float()
 
 

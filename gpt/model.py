@@ -30,9 +30,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     mask: true where a query sees a key. Without a mask, attention is causal,
     and a single query sees all keys.
 
-    Fused, except under autocast on a CPU, where PyTorch's fused kernel is slow in bfloat16. There,
-    short sequences use unfused attention as long as the (T, T) scores take no more memory than
-    float32 copies of q, k, v and the result would; longer ones use the fused kernel in float32.
+    Under autocast on a CPU, PyTorch's fused kernel is slow in bfloat16. There, short sequences use
+    unfused attention, as long as the (T, T) scores take no more memory than float32 copies of q, k,
+    v and the result would; longer ones use the fused kernel in float32.
     """
     B, n_head, T, D = q.shape
     is_causal = mask is None

@@ -131,7 +131,7 @@ class Fork:
         self.process.join(240)
         status = self.process.exitcode
         self.process.kill()  # if it hangs
-        outputs = [stream.read_text() for stream in self.streams]
+        outputs = [stream.read_text("utf-8", "backslashreplace") for stream in self.streams]
         assert status is not None, outputs
         return subprocess.CompletedProcess(self.words, status, *outputs)
 

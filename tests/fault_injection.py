@@ -29,8 +29,9 @@ def inject(place, owner, name, is_due):
 
     def faulty(*args):
         if place == PLACE and is_first_start and is_due(*args):
-            if ACTIONS == ["SIGSTOP"]:  # the other ranks wait long enough to start, but not now
-                args[2].timeout /= 600
+            if ACTIONS == ["SIGSTOP"]:
+                ranks = args[2]  # of evaluate_loss
+                ranks.timeout /= 600  # short, now that all ranks have started
             if is_faulty_rank:
                 for action in ACTIONS:
                     act(action)

@@ -14,10 +14,9 @@ def test_auto_precision_is_a_16_bit_dtype_if_native(monkeypatch):
     assert select_precision("auto", GPU) == "fp16"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert select_precision("auto", GPU) == "bf16"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
-    assert select_precision("auto", CPU) == "float32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert select_precision("auto", CPU) == "bf16"
+    for name, expected in (("avx512_f", "float32"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert select_precision("auto", CPU) == expected
 
 
 @pytest.mark.parametrize("compiler, expected", [("clang", True), (None, False)])

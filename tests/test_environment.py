@@ -80,6 +80,10 @@ def test_run_needs_no_streams_and_few_open_files(args, log_dir, tmp_path, line):
 
 def test_prompt_and_paths_need_not_be_utf_8(data_root, tmp_path):
     prompt, log_dir = os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"\xe9")
+    try:
+        log_dir.mkdir()
+    except OSError:
+        pytest.skip("this file system needs UTF-8")
     train(data_root, log_dir, "--max_steps", 1, "--sample_prompts", prompt)
     assert "\ncaf" in (log_dir / "samples.txt").read_text()
 

@@ -84,10 +84,11 @@ class Terminal:
         self.unread = self.unread.partition(text.encode())[2]
 
 
-def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, words):
+def test_prompt_loop_survives_ctrl_c_and_errors_until_ctrl_d(model, words, request):
     """Prompt k uses seed + k. Samples are streamed. Arrows select earlier prompts."""
     pytest.importorskip("readline")
     terminal = Terminal(*words, 10**6, "--seed", 7)
+    request.addfinalizer(terminal.process.kill)
     terminal.wait_for("type a prompt, or Enter for none; Ctrl-C stops a sample, Ctrl-D exits\n> ")
     terminal.type("MENENIUS:\n")
     terminal.wait_for("MENENIUS:\n" + expected_texts(model, 20, seed=7)[0])

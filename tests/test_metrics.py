@@ -32,7 +32,7 @@ def logged(folder):
     return [(record["step"], record["split"]) for record in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_run_continues_without_a_log_that_fails(tmp_path, capsys):
+def test_failing_log_does_not_end_the_run(tmp_path, capsys):
     """With one warning for metrics.jsonl and one for TensorBoard. Later lines are intact, although
     a full disk left a part of a line."""
     log = start(tmp_path)
@@ -90,7 +90,7 @@ def test_long_log_is_not_read_into_memory(tmp_path):
 
 
 @pytest.mark.parametrize("columns", [0, 120])
-def test_terminal_shows_a_bar_but_without_a_size_lines(tmp_path, monkeypatch, columns):
+def test_terminal_shows_a_bar_or_lines_if_it_has_no_size(tmp_path, monkeypatch, columns):
     terminal, program_side = os.openpty()
     termios.tcsetwinsize(program_side, (40, columns))
     with open(program_side, "w") as stream:

@@ -58,7 +58,7 @@ def test_attention_under_cpu_autocast_is_within_the_rounding_of_bfloat16(T, mask
     """Up to 8 x 8 tokens, without a mask, it is not fused."""
     torch.manual_seed(0)
     qkv = torch.randn(3, 4, 2, T, 8)
-    mask = torch.rand(4, 1, T, T).tril() + torch.eye(T) > 0.5 if masked else None
+    mask = (torch.rand(4, 1, T, T).tril() + torch.eye(T) > 0.5) if masked else None
     expected = F.scaled_dot_product_attention(*qkv, mask, is_causal=not masked)
     with torch.autocast("cpu", torch.bfloat16):
         y = attention(*qkv.bfloat16(), mask)

@@ -13,7 +13,7 @@ from gpt.shards import find_shards, read_meta
 from gpt.text_files import assign_split
 from gpt.tokenizer import Tokenizer
 from scripts.prepare import PrepareConfig, main
-from tests.conftest import ROOT, TEXT, assert_user_error, command, run
+from tests.conftest import ROOT, TEXT, assert_user_error, command, environment, run
 from tests.test_text_files import GPT2, SPEECHES, TEXTS, gzip, jsonl, write
 
 PREPARE = ["-m", "scripts.prepare", "--input"]
@@ -127,7 +127,7 @@ def test_prepare_resumes_after_sigkill_with_identical_shards(big, uninterrupted,
     and before meta.json says that they exist. The number of workers does not change the shards."""
     script, out = write(tmp_path / "kill_at.py", KILL_AT), tmp_path / "out"
     words = ["--input", big, "--out", out, *BIG, 2]
-    for n in (2, 3, 12, 6):
+    for n in (2, 3, 12, 6):  # the N-th call of os.replace in the process
         done = run(script, n, *words)
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         with pytest.raises(UserError, match="incomplete: run `python .* --num_workers 2`"):
@@ -145,7 +145,7 @@ def test_full_disk_keeps_complete_shards(tmp_path):
     words = [*PREPARE, write(tmp_path / "a.jsonl", jsonl(texts)), "--out", out, "--val_fraction",
              0, "--shard_size", 11_000]
     limited = ["bash", "-c", 'ulimit -f 20; "$@"', "bash", *command(*map(str, words))]
-    done = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert_user_error(done, "_00001.npy: File too large")
     assert list(shards(out).values()) == [tokens_of(texts[:1])]
     assert run(*words).returncode == 0
@@ -160,10 +160,11 @@ def test_a_failed_preparation_leaves_a_tokenizer_alone(tmp_path):
     assert (tmp_path / "tokenizer.tiktoken").exists()
 
 
-def test_missing_data_names_the_command_that_makes_it(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_missing_data_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     for data_root, made_by in (
-            ("shakespeare_data/bpe2048_", "python prepare_shakespeare.py"),
+            ("shakespeare_data/bpe2048", "python prepare_shakespeare.py"),
             ("tinystories_data", "scripts.prepare --config configs/data/tinystories.yaml"),
             ("my_data", "scripts.prepare --input FILES --out my_data")):
         with pytest.raises(UserError, match=f"'{data_root}' has no train_.*: run `.*{made_by}`"):

@@ -1,4 +1,4 @@
-"""Several ranks train like one, stop together, and name a rank that fails."""
+"""Several ranks train like one, stop together, and name a rank that hangs."""
 
 import re
 import signal
@@ -52,12 +52,12 @@ def test_ranks_train_as_one(byte_data, tmp_path, ranks, micro_batch_size):
         largest = max(abs(one[step]["loss"] - several[step]["loss"]) for step in steps)
         print(f"{ranks} ranks, micro-batch {micro_batch_size}: largest difference of {split} "
               f"losses {largest:.1e}")
-        assert largest < 1e-5
+        assert largest < 1e-4
 
 
 @pytest.mark.parametrize("fault, message", [
     ("evaluation SIGSTOP", "Ranks? 1 failed to pass monitoredBarrier in 2000 ms"),
-    ("step SIGKILL", ""),
+    ("step SIGKILL", "Connection closed by peer"),
     ("step crash", "RuntimeError: injected")])
 def test_faulty_rank_ends_the_run(args, log_dir, fault, message):
     """Hung, dead or failed: both ranks end, and nothing is saved. A hung one is named after
@@ -67,7 +67,8 @@ def test_faulty_rank_ends_the_run(args, log_dir, fault, message):
     if "SIGSTOP" in fault:
         ranks[1].process.kill()
     second = ranks[1].result()
-    assert first.returncode != 0 != second.returncode
+    assert first.returncode != 0
+    assert second.returncode != 0
     assert re.search(message, first.stderr + second.stderr)
     assert last_step(log_dir) == 4
 

@@ -109,8 +109,9 @@ def test_folders_are_read_once_without_hidden_files_and_descriptions(tmp_path):
 
 def test_standard_input_and_pipes(tmp_path):
     """They can be read only once, but the part for validation is known at the end."""
-    line = f"cat {TEXT} | {sys.executable} -m scripts.prepare --input - <(cat {TEXT}) --out $0"
-    done = subprocess.run(["bash", "-c", line, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    line = 'cat "$1" | "$2" -m scripts.prepare --input - <(cat "$1") --out "$0"'
+    done = subprocess.run(["bash", "-c", line, tmp_path, TEXT, sys.executable], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     train, val = (GPT2.decode(np.load(tmp_path / f"{split}_00000.npy")).split("<|endoftext|>")
                   for split in ("train", "val"))

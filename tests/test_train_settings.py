@@ -10,9 +10,9 @@ from tests.conftest import TINY_BYTES, metrics, run_ranks, save_shards, train
 
 
 def test_automatic_settings_fit_the_data_and_stay(tmp_path, log_dir):
-    """The longest sequence for 100 validation tokens. Tokens and epochs become steps, which
-    --max_steps can raise. The micro-batch of a resumed run does not change, so that its losses stay
-    equal."""
+    """seq_len is the longest of 32, 64, 128 and 256 below the 100 tokens of the val split. Tokens
+    and epochs become steps: 1,537 tokens are two, 8.1 epochs four. The micro-batch of a resumed run
+    does not change, so that its losses stay equal."""
     save_shards(tmp_path, np.zeros(705, np.uint8), 600, 605)
     flags = "--seq_len auto --total_batch_size 1536 --sample_every 1"
     changes = ["--micro_batch_size 3 --max_tokens 1537", "--micro_batch_size auto --max_epochs 8.1"]
