@@ -42,8 +42,8 @@ TRAINING = [command for command in COMMANDS
 # Commands that a CPU without a network cannot run, or that take longer than all others together.
 NOT_RUN = {
     "installation": r"^(make|pip|\.|python3) |requirements",
-    "eight GPUs, or GPT-2 124M at full length":
-        r"nproc_per_node=8|sbatch|--nnodes|scripts\.train$|log_124M",
+    "GPUs, or GPT-2 124M at full length":
+        r"nproc_per_node=8|sbatch|--nnodes|scripts\.train$|log_124M|shakespeare_gpu",
     "the Hugging Face Hub": r"\bgpt2(-xl)?( |$)|finetune_shakespeare|tinystories|fineweb",
     "benchmarks": r"benchmarks|bench generate|-m pytest",
 }
